@@ -1,0 +1,97 @@
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "sinkhorn.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "sinkhorn_lanes.h"
+
+namespace spa_fast {
+namespace {
+
+const LaneSolver* solver_of(Isa isa) {
+    switch (isa) {
+        case Isa::portable: return &lanes_portable;
+#ifdef SPA_FAST_X86
+        case Isa::avx2: return &lanes_avx2;
+        case Isa::avx512: return &lanes_avx512;
+#endif
+        default: return nullptr;
+    }
+}
+
+constexpr std::align_val_t kCacheLine{64};
+
+struct Release {
+    void operator()(char* memory) const { ::operator delete(memory, kCacheLine); }
+};
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+    switch (isa) {
+        case Isa::avx512: return "avx512";
+        case Isa::avx2: return "avx2";
+        default: return "portable";
+    }
+}
+
+bool isa_compiled(Isa isa) { return solver_of(isa) != nullptr; }
+
+bool isa_usable(Isa isa) {
+    if (!isa_compiled(isa)) return false;
+#ifdef SPA_FAST_X86
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (isa == Isa::avx2) return avx2;
+    if (isa == Isa::avx512)
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+#endif
+    return true;
+}
+
+Isa best_isa() {
+    static const Isa best = isa_usable(Isa::avx512) ? Isa::avx512 : isa_usable(Isa::avx2) ? Isa::avx2 : Isa::portable;
+    return best;
+}
+
+bool openmp_enabled() {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+}
+
+void sinkhorn_fwd(const SinkhornArgs& args, int threads, Isa isa) {
+    if (args.P < 0 || args.K < 1 || args.K > kMaxSide || args.M < 1 || args.M > kMaxSide)
+        throw std::invalid_argument("cost must be [P, K, M] with 1 <= K, M <= 256, got [" + std::to_string(args.P) +
+                                    ", " + std::to_string(args.K) + ", " + std::to_string(args.M) + "]");
+    if (!(args.eps > 0) || args.max_iter < 1 || !(args.tol >= 0))
+        throw std::invalid_argument("expected eps > 0, max_iter >= 1, tol >= 0");
+    if (!isa_usable(isa)) throw std::invalid_argument(std::string("instruction set not usable here: ") + isa_name(isa));
+
+    const LaneSolver& solver = *solver_of(isa);
+    const int64_t groups = (args.P + solver.lanes - 1) / solver.lanes;
+    const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, groups)));
+    const int64_t bytes = solver.workspace_bytes(args.K, args.M);
+    // Allocated up front: an exception must not leave a parallel region.
+    const std::unique_ptr<char, Release> memory(static_cast<char*>(::operator new(bytes* team, kCacheLine)));
+#ifdef _OPENMP
+    if (team > 1) {
+#pragma omp parallel for num_threads(team) schedule(dynamic)
+        for (int64_t group = 0; group < groups; ++group)
+            solver.solve(args, group, memory.get() + bytes * omp_get_thread_num());
+        return;
+    }
+#endif
+    for (int64_t group = 0; group < groups; ++group) solver.solve(args, group, memory.get());
+}
+
+}  // namespace spa_fast

@@ -1,0 +1,434 @@
+// spa_fast_core against closed forms and an fp64 log-domain oracle, on every instruction set this processor has.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "sinkhorn.h"
+
+using namespace spa_fast;
+
+namespace {
+
+int failures = 0;
+
+#define CHECK(condition, ...)                                           \
+    do {                                                                \
+        if (!(condition)) {                                             \
+            ++failures;                                                 \
+            std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+            std::printf(__VA_ARGS__);                                   \
+            std::printf("\n");                                          \
+        }                                                               \
+    } while (0)
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+struct Problems {
+    int64_t P, K, M;
+    std::vector<float> cost, a, b;  // a and b per problem
+    double eps = 0.1;
+    int64_t max_iter = 50;
+    double tol = 0;
+    bool value = false;
+    int threads = 1;
+
+    Problems(int64_t P_, int64_t K_, int64_t M_)
+        : P(P_), K(K_), M(M_), cost(P * K * M), a(P * K, 1.0f / K), b(P * M, 1.0f / M) {}
+};
+
+Problems random_problems(int64_t P, int64_t K, int64_t M, float scale = 2, unsigned seed = 0) {
+    Problems problems(P, K, M);
+    std::mt19937 random(seed);
+    std::uniform_real_distribution<float> uniform(0, scale);
+    for (float& entry : problems.cost) entry = uniform(random);
+    return problems;
+}
+
+// Sets some weights to zero and normalises the rest.
+void set_weights(std::vector<float>& weights, int64_t n, unsigned seed, double zero_share) {
+    std::mt19937 random(seed);
+    std::uniform_real_distribution<double> uniform(0, 1);
+    for (size_t start = 0; start < weights.size(); start += n) {
+        double total = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            const bool zero = i > 0 && uniform(random) < zero_share;
+            total += weights[start + i] = zero ? 0 : static_cast<float>(0.1 + uniform(random));
+        }
+        for (int64_t i = 0; i < n; ++i) weights[start + i] = static_cast<float>(weights[start + i] / total);
+    }
+}
+
+struct Result {
+    std::vector<float> score, f, g, marginal_error;
+    std::vector<int32_t> n_iter;
+
+    bool operator==(const Result& other) const {
+        const auto same = [](const auto& x, const auto& y) {
+            return x.size() == y.size() && (x.empty() || !std::memcmp(x.data(), y.data(), x.size() * sizeof(x[0])));
+        };
+        return same(score, other.score) && same(f, other.f) && same(g, other.g) &&
+               same(marginal_error, other.marginal_error) && same(n_iter, other.n_iter);
+    }
+};
+
+SinkhornArgs arguments(const Problems& p, const void* cost, CostType type, Result& out) {
+    out.score.assign(p.P, kNan);
+    out.f.assign(p.P * p.K, kNan);
+    out.g.assign(p.P * p.M, kNan);
+    out.marginal_error.assign(p.P, kNan);
+    out.n_iter.assign(p.P, -1);
+    return {cost,
+            type,
+            p.a.data(),
+            p.K,
+            p.b.data(),
+            p.M,
+            p.P,
+            p.K,
+            p.M,
+            p.eps,
+            p.max_iter,
+            p.tol,
+            p.value,
+            out.score.data(),
+            out.f.data(),
+            out.g.data(),
+            out.n_iter.data(),
+            out.marginal_error.data()};
+}
+
+Result solve(const Problems& p, Isa isa) {
+    Result out;
+    sinkhorn_fwd(arguments(p, p.cost.data(), CostType::f32, out), p.threads, isa);
+    return out;
+}
+
+struct Exact {
+    std::vector<double> f, g;
+    double score, marginal_error;
+    int n_iter;
+};
+
+double log_sum_exp(const std::vector<double>& x) {
+    double top = -std::numeric_limits<double>::infinity(), sum = 0;
+    for (const double term : x) top = std::fmax(top, term);
+    if (std::isinf(top)) return top;
+    for (const double term : x) sum += std::exp(term - top);
+    return top + std::log(sum);
+}
+
+Exact exact(const Problems& p, int64_t index) {
+    const int64_t K = p.K, M = p.M;
+    const float* cost = p.cost.data() + index * K * M;
+    const float* a = p.a.data() + index * K;
+    const float* b = p.b.data() + index * M;
+    Exact out{std::vector<double>(K), std::vector<double>(M), 0, 0, 0};
+    const auto plan = [&](int64_t i, int64_t j) {
+        if (a[i] == 0 || b[j] == 0 || std::isinf(cost[i * M + j])) return 0.0;
+        return a[i] * std::exp(std::log(double(b[j])) + (out.f[i] + out.g[j] - cost[i * M + j]) / p.eps);
+    };
+    for (int64_t n = 1; n <= p.max_iter; ++n) {
+        for (int64_t i = 0; i < K; ++i) {
+            std::vector<double> terms;
+            for (int64_t j = 0; j < M; ++j)
+                if (b[j] > 0 && a[i] > 0)
+                    terms.push_back(std::log(double(b[j])) + (out.g[j] - cost[i * M + j]) / p.eps);
+            const double sum = log_sum_exp(terms);
+            out.f[i] = std::isinf(sum) ? 0 : -p.eps * sum;
+        }
+        for (int64_t j = 0; j < M; ++j) {
+            std::vector<double> terms;
+            for (int64_t i = 0; i < K; ++i)
+                if (a[i] > 0 && b[j] > 0)
+                    terms.push_back(std::log(double(a[i])) + (out.f[i] - cost[i * M + j]) / p.eps);
+            const double sum = log_sum_exp(terms);
+            out.g[j] = std::isinf(sum) ? 0 : -p.eps * sum;
+        }
+        out.marginal_error = 0;
+        for (int64_t i = 0; i < K; ++i) {
+            double mass = 0;
+            for (int64_t j = 0; j < M; ++j) mass += plan(i, j);
+            out.marginal_error += std::fabs(mass - a[i]);
+        }
+        out.n_iter = static_cast<int>(n);
+        if (p.tol > 0 && out.marginal_error <= p.tol) break;
+    }
+    for (int64_t i = 0; i < K; ++i)
+        for (int64_t j = 0; j < M; ++j) {
+            const double mass = plan(i, j), ab = double(a[i]) * b[j];
+            if (mass > 0) out.score += mass * cost[i * M + j];
+            if (p.value) out.score += p.eps * ((mass > 0 ? mass * std::log(mass / ab) : 0) - mass + ab);
+        }
+    return out;
+}
+
+void check_close(const Problems& p, Isa isa, const char* what) {
+    const Result got = solve(p, isa);
+    for (int64_t index = 0; index < p.P; ++index) {
+        const Exact want = exact(p, index);
+        double size = 0;
+        for (int64_t e = 0; e < p.K * p.M; ++e)
+            if (std::isfinite(p.cost[index * p.K * p.M + e]))
+                size = std::fmax(size, std::fabs(p.cost[index * p.K * p.M + e]));
+        const double tolerance = 1e-5 * size;
+        CHECK(std::fabs(got.score[index] - want.score) <= 1e-5 * std::fabs(want.score) + 1e-6 * size,
+              "%s %s problem %d: %.9g, expected %.9g", isa_name(isa), what, int(index), got.score[index], want.score);
+        CHECK(got.n_iter[index] == want.n_iter, "%s %s: %d, expected %d", isa_name(isa), what, got.n_iter[index],
+              want.n_iter);
+        CHECK(std::fabs(got.marginal_error[index] - want.marginal_error) <= 2e-5 * want.marginal_error + 1e-6,
+              "%s %s: %g, expected %g", isa_name(isa), what, got.marginal_error[index], want.marginal_error);
+        double worst = 0;
+        for (int64_t i = 0; i < p.K; ++i) worst = std::fmax(worst, std::fabs(got.f[index * p.K + i] - want.f[i]));
+        for (int64_t j = 0; j < p.M; ++j) worst = std::fmax(worst, std::fabs(got.g[index * p.M + j] - want.g[j]));
+        CHECK(worst <= tolerance, "%s %s %dx%d eps %g: potentials off by %g", isa_name(isa), what, int(p.K), int(p.M),
+              p.eps, worst);
+    }
+}
+
+void test_closed_forms(Isa isa) {
+    Problems single(3, 1, 1);
+    single.cost = {0.0f, 1.5f, -2.0f};
+    for (const double eps : {1e-4, 0.1, 100.0}) {
+        single.eps = eps;
+        const Result got = solve(single, isa);
+        for (int p = 0; p < 3; ++p) CHECK(std::fabs(got.score[p] - single.cost[p]) <= 1e-6, "1x1: %g", got.score[p]);
+    }
+    // C_ij = x_i + y_j: the plan is a b^T after one iteration, whatever eps.
+    Problems separable(5, 7, 9);
+    std::vector<float> x(7), y(9);
+    for (int i = 0; i < 7; ++i) x[i] = 0.125f * i;
+    for (int j = 0; j < 9; ++j) y[j] = 0.25f * j;
+    for (int e = 0; e < 5 * 63; ++e) separable.cost[e] = x[e / 9 % 7] + y[e % 9];
+    set_weights(separable.a, 7, 1, 0);
+    set_weights(separable.b, 9, 2, 0);
+    separable.tol = 1e-5;
+    for (const double eps : {1e-3, 0.1, 10.0}) {
+        separable.eps = eps;
+        for (const bool value : {false, true}) {
+            separable.value = value;
+            const Result got = solve(separable, isa);
+            for (int p = 0; p < 5; ++p) {
+                double want = 0;
+                for (int i = 0; i < 7; ++i) want += separable.a[p * 7 + i] * x[i];
+                for (int j = 0; j < 9; ++j) want += separable.b[p * 9 + j] * y[j];
+                CHECK(std::fabs(got.score[p] - want) <= 1e-5 * want, "separable: %g, expected %g", got.score[p], want);
+                CHECK(got.n_iter[p] == 1, "separable: %d iterations", got.n_iter[p]);
+            }
+        }
+    }
+}
+
+void test_oracle(Isa isa) {
+    const std::pair<int, int> sizes[] = {{1, 1}, {1, 7}, {5, 1}, {4, 4}, {13, 6}, {32, 16}, {63, 20}};
+    for (const auto& [K, M] : sizes)
+        for (const double eps : {1e-4, 1e-2, 0.03, 0.1, 1.0, 100.0})
+            for (const double tol : {0.0, 1e-3}) {
+                Problems p = random_problems(19, K, M, 2, K + M);
+                p.eps = eps;
+                p.tol = tol;
+                p.max_iter = 20;
+                p.value = K % 2;
+                set_weights(p.a, K, 3, 0.2);
+                set_weights(p.b, M, 4, 0.2);
+                check_close(p, isa, "random");
+            }
+    for (const double eps : {1e-4, 0.1, 100.0}) {
+        Problems p = random_problems(3, 8, 8, 1e4f);
+        p.eps = eps;
+        check_close(p, isa, "large cost");
+    }
+    check_close(random_problems(1, 256, 256), isa, "largest");
+}
+
+void test_forbidden_and_invalid(Isa isa) {
+    Problems p = random_problems(40, 6, 5);
+    p.max_iter = 200;
+    const Result clean = solve(p, isa);
+    const auto entry = [&p](int problem, int i, int j) -> float& { return p.cost[(problem * 6 + i) * 5 + j]; };
+    entry(3, 2, 2) = kInf;
+    for (int j = 0; j < 5; ++j) entry(5, 1, j) = kInf;
+    for (int i = 0; i < 6; ++i) entry(6, i, 4) = kInf;
+    entry(7, 0, 0) = kNan;
+    entry(8, 0, 0) = -kInf;
+    p.a[9 * 6] = kNan;
+    for (int i = 0; i < 6; ++i) p.a[10 * 6 + i] = 0;
+    for (int j = 0; j < 5; ++j) p.b[11 * 5 + j] = 0;
+    p.cost[11 * 30] = kNan;
+    // Without weight, an entry may hold anything.
+    p.a[12 * 6 + 3] = 0;
+    for (int j = 0; j < 5; ++j) entry(12, 3, j) = kNan;
+    p.b[12 * 5 + 1] = 0;
+    for (int i = 0; i < 6; ++i) entry(12, i, 1) = kInf;
+    for (float& weight : p.a) weight = weight == 0 ? 0 : weight;
+    const Result got = solve(p, isa);
+    for (const int problem : {3, 5, 6, 12}) {
+        const Exact want = exact(p, problem);
+        CHECK(std::fabs(got.score[problem] - want.score) <= 1e-5, "%d: %g, expected %g", problem, got.score[problem],
+              want.score);
+        CHECK(std::fabs(got.marginal_error[problem] - want.marginal_error) <= 1e-5, "%d: %g, expected %g", problem,
+              got.marginal_error[problem], want.marginal_error);
+        for (int i = 0; i < 6; ++i) CHECK(std::fabs(got.f[problem * 6 + i] - want.f[i]) <= 2e-5, "f of %d", problem);
+        for (int j = 0; j < 5; ++j) CHECK(std::fabs(got.g[problem * 5 + j] - want.g[j]) <= 2e-5, "g of %d", problem);
+    }
+    CHECK(got.f[5 * 6 + 1] == 0 && got.marginal_error[5] > 0.1, "a row without a finite entry");
+    for (const int problem : {7, 8, 9})
+        CHECK(got.n_iter[problem] == 0 && std::isnan(got.score[problem]) && std::isnan(got.marginal_error[problem]) &&
+                  std::isnan(got.f[problem * 6 + 1]),
+              "problem %d is invalid", problem);
+    for (const int problem : {10, 11}) {
+        CHECK(got.score[problem] == 0 && got.marginal_error[problem] == 0 && got.n_iter[problem] == 0, "empty");
+        for (int i = 0; i < 6; ++i) CHECK(got.f[problem * 6 + i] == 0, "empty");
+        for (int j = 0; j < 5; ++j) CHECK(got.g[problem * 5 + j] == 0, "empty");
+    }
+    for (int problem = 0; problem < 40; ++problem)
+        if (problem < 3 || problem == 4 || problem > 12)
+            CHECK(got.score[problem] == clean.score[problem] && got.n_iter[problem] == clean.n_iter[problem] &&
+                      !std::memcmp(&got.f[problem * 6], &clean.f[problem * 6], 6 * sizeof(float)),
+                  "problem %d saw its neighbours", problem);
+}
+
+// A problem alone, in any place of a batch, on any number of threads: the same bits.
+void test_batch_invariance(Isa isa) {
+    for (const double eps : {0.003, 0.05, 0.1})  // mixes the branches, then kernel space alone
+        for (const double tol : {0.0, 1e-3}) {
+            Problems p = random_problems(37, 11, 6, 1, 5);
+            for (int64_t e = 0; e < 66; ++e) p.cost[20 * 66 + e] *= 50;
+            set_weights(p.a, 11, 6, 0.1);
+            p.eps = eps;
+            p.tol = tol;
+            const Result batch = solve(p, isa);
+            p.threads = 4;
+            CHECK(solve(p, isa) == batch, "threads change bits");
+            for (int64_t index = 0; index < p.P; ++index) {
+                Problems one(1, 11, 6);
+                one.cost.assign(p.cost.begin() + index * 66, p.cost.begin() + (index + 1) * 66);
+                one.a.assign(p.a.begin() + index * 11, p.a.begin() + (index + 1) * 11);
+                one.eps = eps;
+                one.tol = tol;
+                const Result got = solve(one, isa);
+                CHECK(got.score[0] == batch.score[index] && got.n_iter[0] == batch.n_iter[index] &&
+                          got.marginal_error[0] == batch.marginal_error[index] &&
+                          !std::memcmp(got.f.data(), &batch.f[index * 11], 11 * sizeof(float)) &&
+                          !std::memcmp(got.g.data(), &batch.g[index * 6], 6 * sizeof(float)),
+                      "%s: problem %d alone differs", isa_name(isa), int(index));
+            }
+        }
+}
+
+void test_masked_suffix_is_a_slice(Isa isa) {
+    for (const double eps : {0.003, 0.1})
+        for (const bool value : {false, true}) {
+            Problems full = random_problems(21, 29, 13);
+            full.eps = eps;
+            full.value = value;
+            full.tol = 1e-3;
+            const int64_t K = 21, M = 10;
+            Problems part(full.P, K, M);
+            set_weights(part.a, K, 7, 0.1);
+            set_weights(part.b, M, 8, 0.1);
+            part.eps = eps;
+            part.value = value;
+            part.tol = full.tol;
+            for (int64_t p = 0; p < full.P; ++p) {
+                for (int64_t i = 0; i < full.K; ++i) full.a[p * full.K + i] = i < K ? part.a[p * K + i] : 0;
+                for (int64_t j = 0; j < full.M; ++j) full.b[p * full.M + j] = j < M ? part.b[p * M + j] : 0;
+                for (int64_t i = 0; i < K; ++i)
+                    for (int64_t j = 0; j < M; ++j)
+                        part.cost[(p * K + i) * M + j] = full.cost[(p * full.K + i) * full.M + j];
+            }
+            const Result masked = solve(full, isa), sliced = solve(part, isa);
+            for (int64_t p = 0; p < full.P; ++p) {
+                CHECK(masked.score[p] == sliced.score[p] && masked.n_iter[p] == sliced.n_iter[p] &&
+                          masked.marginal_error[p] == sliced.marginal_error[p],
+                      "%s eps %g: %.9g, %.9g", isa_name(isa), eps, masked.score[p], sliced.score[p]);
+                CHECK(!std::memcmp(&masked.f[p * full.K], &sliced.f[p * K], K * sizeof(float)), "f");
+                CHECK(!std::memcmp(&masked.g[p * full.M], &sliced.g[p * M], M * sizeof(float)), "g");
+                for (int64_t i = K; i < full.K; ++i) CHECK(masked.f[p * full.K + i] == 0, "f of a masked row");
+            }
+        }
+}
+
+// Every 16-bit pattern is widened exactly: a 1x1 problem's score is its cost.
+void test_half_costs(Isa isa) {
+    const auto half = [](uint32_t bits) {
+        const int exponent = bits >> 10 & 31;
+        const double magnitude = exponent == 31  ? (bits & 1023 ? double(kNan) : double(kInf))
+                                 : exponent == 0 ? std::ldexp(bits & 1023, -24)
+                                                 : std::ldexp(1024 + (bits & 1023), exponent - 25);
+        return static_cast<float>(bits & 0x8000 ? -magnitude : magnitude);
+    };
+    const auto bfloat = [](uint32_t bits) {
+        const uint32_t word = bits << 16;
+        float x;
+        std::memcpy(&x, &word, 4);
+        return x;
+    };
+    Problems p(1 << 16, 1, 1);
+    p.max_iter = 1;
+    std::vector<uint16_t> bits(p.P);
+    for (int64_t i = 0; i < p.P; ++i) bits[i] = static_cast<uint16_t>(i);
+    for (const CostType type : {CostType::f16, CostType::bf16}) {
+        Result out;
+        sinkhorn_fwd(arguments(p, bits.data(), type, out), 1, isa);
+        for (uint32_t i = 0; i < bits.size(); ++i) {
+            const float want = type == CostType::f16 ? half(i) : bfloat(i);
+            if (want == kInf)
+                CHECK(out.score[i] == 0 && out.marginal_error[i] == 1, "forbidden: %g", out.score[i]);
+            else if (!std::isfinite(want))
+                CHECK(std::isnan(out.score[i]), "%x: %g", i, out.score[i]);
+            else
+                CHECK(std::fabs(out.score[i] - want) <= 1e-6 * std::fabs(want), "%x: %g, expected %g", i, out.score[i],
+                      want);
+        }
+    }
+}
+
+void test_bad_arguments() {
+    const auto refused = [](Problems p, Isa isa) {
+        try {
+            solve(p, isa);
+        } catch (const std::invalid_argument&) {
+            return true;
+        }
+        return false;
+    };
+    CHECK(refused(Problems(1, 257, 1), Isa::portable), "K");
+    CHECK(refused(Problems(1, 1, 257), Isa::portable), "M");
+    Problems p(1, 2, 2);
+    p.eps = 0;
+    CHECK(refused(p, Isa::portable), "eps");
+    p.eps = 1;
+    p.max_iter = 0;
+    CHECK(refused(p, Isa::portable), "max_iter");
+    p.max_iter = 1;
+    p.tol = -1;
+    CHECK(refused(p, Isa::portable), "tol");
+    CHECK(solve(Problems(0, 2, 2), Isa::portable).score.empty(), "P = 0");
+}
+
+}  // namespace
+
+int main() {
+    for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+        if (!isa_usable(isa)) {
+            std::printf("%s: not on this processor\n", isa_name(isa));
+            continue;
+        }
+        test_closed_forms(isa);
+        test_oracle(isa);
+        test_forbidden_and_invalid(isa);
+        test_batch_invariance(isa);
+        test_masked_suffix_is_a_slice(isa);
+        test_half_costs(isa);
+        std::printf("%s: %d failures so far\n", isa_name(isa), failures);
+    }
+    test_bad_arguments();
+    return failures != 0;
+}

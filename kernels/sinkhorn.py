@@ -1,0 +1,186 @@
+"""Batched entropic transport on the GPU: many small problems, each solved inside one program."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ._tiles import MAX_REGISTERS, TileConfig, default_config, next_power_of_2  # noqa: TID251
+
+# Up to range/eps = 80 kernel entries and both scalings stay within e^-80 and e^80: normal fp32 numbers.
+_WIDE = tl.constexpr(80 * math.log2(math.e))
+
+
+@triton.jit
+def _sum(x, registers: tl.constexpr, lanes: tl.constexpr):
+    return tl.sum(tl.sum(x, registers, keep_dims=True), lanes, keep_dims=True)
+
+
+@triton.jit
+def _max(x, registers: tl.constexpr, lanes: tl.constexpr):
+    return tl.max(tl.max(x, registers, keep_dims=True), lanes, keep_dims=True)
+
+
+@triton.jit
+def _softmin2(z, weight, registers: tl.constexpr, lanes: tl.constexpr):
+    """-log2 sum(weight 2^z); 0 where no entry is finite."""
+    top = _max(z, registers, lanes)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = _sum(weight * tl.exp2(z - top), registers, lanes)
+    return -(top + tl.log2(tl.where(total > 0, total, 1.0)))
+
+
+@triton.jit
+def _scaling_loop(tile, a, b, todo, max_iter, tol):
+    """Iterations on tile = 2^L. Returns 2^-f, 2^-g (f, g in log2 units), the plan's row sums, n and error."""
+    n = tl.where(todo, 0, 0)
+    error = tl.where(todo, 0.0, 0.0)
+    row_sum = tl.where(a > 0, 1.0, 1.0)
+    col_sum = tl.where(b > 0, 1.0, 1.0)
+    row_next = tl.where(a > 0, _sum(tile * b, 1, 4), 1.0)
+    while tl.max(todo.to(tl.int32)) > 0:
+        row_sum = tl.where(todo, row_next, row_sum)
+        col_sum = tl.where(todo & (b > 0), _sum(tile * (a / row_sum), 0, 3), col_sum)
+        row_next = tl.where(a > 0, _sum(tile * (b / col_sum), 1, 4), 1.0)
+        error = tl.where(todo, _sum(tl.abs(a / row_sum * row_next - a), 0, 3), error)
+        n += todo.to(tl.int32)
+        todo = todo & (n < max_iter) & (error > tol)
+    return row_sum, col_sum, a / row_sum * row_next, n, error
+
+
+@triton.jit
+def _log_loop(tile, a, b, todo, f, g, mass, n, error, max_iter, tol):
+    """Iterations on tile = L for the problems to do; what the others hold passes through."""
+    live_a = tl.where(_max(tile, 1, 4) > float("-inf"), a, 0.0)
+    f_next = _softmin2(tile, b, 1, 4)
+    while tl.max(todo.to(tl.int32)) > 0:
+        f = tl.where(todo, f_next, f)
+        g = tl.where(todo, _softmin2(tile + f, a, 0, 3), g)
+        f_next = tl.where(todo, _softmin2(tile + g, b, 1, 4), f_next)
+        # A row never holds more than all mass; only rounding at a huge range/eps says otherwise.
+        mass = tl.where(todo, tl.minimum(live_a * tl.exp2(f - f_next), 1.0), mass)
+        error = tl.where(todo, _sum(tl.abs(mass - a), 0, 3), error)
+        n += todo.to(tl.int32)
+        todo = todo & (n < max_iter) & (error > tol)
+    return f, g, mass, n, error
+
+
+@triton.jit(do_not_specialize=["P", "K", "M", "a_stride", "b_stride", "m_stride", "max_iter"])
+def _sinkhorn_fwd_kernel(
+    cost_ptr, a_ptr, b_ptr, score_ptr, f_ptr, g_ptr, n_iter_ptr, error_ptr,
+    P, K, M, a_stride, b_stride, m_stride, to_log2, from_log2, max_iter, tol,
+    VALUE: tl.constexpr, BLOCK_P: tl.constexpr, K2: tl.constexpr, M2: tl.constexpr,
+    LANES_K: tl.constexpr, LANES_M: tl.constexpr,
+):  # fmt: skip
+    """f = -eps log sum_j b e^((g-C)/eps), g = -eps log sum_i a e^((f-C)/eps), alternating from g = 0.
+
+    A program owns BLOCK_P problems and keeps one tile of them in registers, shaped [K2/LANES_K, M2/LANES_M,
+    BLOCK_P, LANES_K, LANES_M]: the compiler spreads the last axes over lanes and warps, the first two stay in
+    a thread (m_stride = 1 comes at run time so that contiguity does not decide otherwise). The tile holds 2^L
+    with L = (row minimum - C) log2(e)/eps; an iteration is two matrix-vector products. Problems where some
+    L < -80 log2(e), or a pair is forbidden, hold L itself and take log2 sums. Neighbours never change a bit.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_P
+    p = tl.arange(0, BLOCK_P)[None, None, :, None, None]
+    i = tl.arange(0, K2 // LANES_K)[:, None, None, None, None] * LANES_K
+    i += tl.arange(0, LANES_K)[None, None, None, :, None]
+    j = tl.arange(0, M2 // LANES_M)[None, :, None, None, None] * LANES_M
+    j += tl.arange(0, LANES_M)[None, None, None, None, :]
+    in_p = first + p < P
+    in_row = in_p & (i < K)
+    in_col = in_p & (j < M)
+    a = tl.load(a_ptr + first * a_stride + (p * a_stride + i), mask=in_row, other=0.0)
+    b = tl.load(b_ptr + first * b_stride + (p * b_stride + j), mask=in_col, other=0.0)
+    active = (a > 0) & (b > 0)
+    at = cost_ptr + first * K * M + ((p * K + i) * M + j * m_stride)
+
+    cost = tl.load(at, mask=active, other=float("inf")).to(tl.float32)
+    nan = _max(_max((cost != cost).to(tl.int32), 1, 4), 0, 3) > 0
+    shift = -_max(tl.where(cost != cost, 0.0, -cost), 1, 4)
+    shift = tl.where(shift == float("inf"), 0.0, shift)
+    tile = (shift - cost) * to_log2
+    wide = _max(_max(tl.where(active, -tile, 0.0), 1, 4), 0, 3) > _WIDE
+    live = (_max(a, 0, 3) > 0) & (_max(b, 1, 4) > 0) & (nan == 0)
+
+    tile = tl.exp2(tile)
+    row_sum, col_sum, mass, n, error = _scaling_loop(tile, a, b, live & (wide == 0), max_iter, tol)
+    f = -tl.log2(row_sum)
+    g = -tl.log2(col_sum)
+    live_b = b
+    score = error
+    if not VALUE:
+        cost = tl.load(at, mask=active & (wide == 0), other=0.0).to(tl.float32)
+        score = _sum(_sum(tile * (b / col_sum) * cost, 1, 4) * (a / row_sum), 0, 3)
+
+    todo = live & wide
+    if tl.max(todo.to(tl.int32)) > 0:
+        cost = tl.load(at, mask=active & wide, other=float("inf")).to(tl.float32)
+        tile = (shift - cost) * to_log2
+        live_b = tl.where(todo & (_max(tile, 0, 3) == float("-inf")), 0.0, b)
+        f, g, mass, n, error = _log_loop(tile, a, b, todo, f, g, mass, n, error, max_iter, tol)
+        if not VALUE:
+            plan = tl.minimum(a * tl.exp2(tile + f + g) * b, b)
+            cost = tl.where(plan > 0, shift - tile * from_log2, 0.0)
+            score = tl.where(wide, _sum(_sum(plan * cost, 1, 4), 0, 3), score)
+
+    f = tl.where(live & (a > 0), shift + f * from_log2, 0.0)
+    g = tl.where(live & (b > 0), g * from_log2, 0.0)
+    if VALUE:
+        # Columns are exact, so <P, f + g> and sum P need no pass over the tile; 1.44 from_log2 is eps.
+        excess = _sum(live_b, 1, 4) - _sum(a, 0, 3) * _sum(b, 1, 4)
+        score = _sum(mass * f, 0, 3) + _sum(b * g, 1, 4) - from_log2 * 1.4426950408889634 * excess
+    tl.store(score_ptr + first + p, tl.where(nan, float("nan"), tl.where(live, score, 0.0)), mask=in_p)
+    tl.store(f_ptr + first * K + (p * K + i), tl.where(nan & (a > 0), float("nan"), f), mask=in_row)
+    tl.store(g_ptr + first * M + (p * M + j), tl.where(nan & (b > 0), float("nan"), g), mask=in_col)
+    tl.store(n_iter_ptr + first + p, tl.where(nan, max_iter, n), mask=in_p)
+    tl.store(error_ptr + first + p, tl.where(nan, float("nan"), error), mask=in_p)
+
+
+def sinkhorn_fwd(
+    cost: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    eps: float,
+    max_iter: int,
+    tol: float,
+    value: bool,
+    config: TileConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Solve P entropic transport problems, each stopping by itself.
+
+    Args:
+        cost: [P, K, M] fp16, bf16 or fp32, contiguous; +inf forbids a pair.
+        a, b: [P or 1, K] and [P or 1, M] fp32, contiguous, >= 0; a zero takes its row or column out.
+        eps: regularisation > 0 in units of cost.
+        max_iter: iterations at most, >= 1.
+        tol: stop at marginal_error <= tol; 0 runs exactly max_iter iterations.
+        value: score is the regularised value <P, C> + eps KL(P | a b^T) instead of <P, C>.
+        config: launch geometry; None takes the default for K and M.
+
+    Returns:
+        score [P], f [P, K], g [P, M], marginal_error [P] in fp32 and n_iter [P] in int32, ordered
+        (score, f, g, n_iter, marginal_error).
+
+    Raises:
+        ValueError: the padded tile does not fit one program's registers.
+    """
+    P, K, M = cost.shape
+    config = config or default_config(K, M)
+    score, error = (torch.empty(P, dtype=torch.float32, device=cost.device) for _ in range(2))
+    f = torch.empty(P, K, dtype=torch.float32, device=cost.device)
+    g = torch.empty(P, M, dtype=torch.float32, device=cost.device)
+    n_iter = torch.empty(P, dtype=torch.int32, device=cost.device)
+    if P > 0:
+        with torch.cuda.device_of(cost):
+            _sinkhorn_fwd_kernel[(triton.cdiv(P, config.block_p),)](
+                cost, a, b, score, f, g, n_iter, error,
+                P, K, M, 0 if a.shape[0] == 1 else K, 0 if b.shape[0] == 1 else M, 1,
+                math.log2(math.e) / eps, math.log(2) * eps, max_iter, tol if tol > 0 else -1.0,
+                VALUE=value, BLOCK_P=config.block_p, K2=next_power_of_2(K), M2=next_power_of_2(M),
+                LANES_K=config.lanes_k, LANES_M=config.lanes_m,
+                num_warps=config.num_warps, maxnreg=MAX_REGISTERS,
+            )  # fmt: skip
+    return score, f, g, n_iter, error

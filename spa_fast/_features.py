@@ -1,0 +1,159 @@
+"""From patches and tokens, masked, ragged or weighted, to similarities and weights that transport takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from spa_fast import _checks as checks
+
+NONFINITE = ("raise", "propagate", "zero")
+
+
+def check_pair(
+    patches: Tensor, tokens: Tensor, all_pairs: bool, patch_mask: Tensor | None, token_mask: Tensor | None
+) -> None:
+    checks.check_float("patches", patches)
+    checks.check_float("tokens", tokens)
+    checks.check_shape("patches", patches, "[B, K, D]", (None, None, None))
+    B, _, D = patches.shape
+    if all_pairs and tokens.dim() == 4:
+        checks.check_shape("tokens", tokens, "[B, C, M, D]", (B, None, None, D))
+    elif all_pairs:
+        checks.check_shape("tokens", tokens, "[C, M, D] or [B, C, M, D]", (None, None, D))
+    else:
+        checks.check_shape("tokens", tokens, "[B, M, D]", (B, None, D))
+    checks.check_like("tokens", tokens, "patches", patches)
+    for name, x, letter in (("patches", patches, "K"), ("tokens", tokens, "M")):
+        if x.shape[-2] == 0:
+            raise ValueError(f"{name}: expected {letter} >= 1, got {list(x.shape)}")
+    if patch_mask is not None:
+        checks.check_mask("patch_mask", patch_mask, "[B, K]", patches.shape[:-1], patches)
+    if token_mask is not None:
+        shape = tokens.shape[1:-1] if token_mask.dim() == 2 and tokens.dim() == 4 else tokens.shape[:-1]
+        checks.check_mask("token_mask", token_mask, "the shape of tokens without D", shape, tokens)
+
+
+def prepare(
+    name: str, x: Tensor, mask: Tensor | None, places: Sequence[str], normalize: bool, nonfinite: str
+) -> Tensor:
+    """x [..., D] in the accumulate dtype; masked rows are 0, so that nothing in them reaches a gradient."""
+    if nonfinite == "raise":
+        checks.check_finite(name, x, places, mask)
+    x = x.to(checks.accumulate_dtype(x))
+    if mask is not None:
+        x = torch.where(mask[..., None], x, 0.0)
+    if nonfinite == "zero":
+        x = torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
+    return unit(x) if normalize else x
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| over the last dimension; 0 with gradient 0 where |x| = 0."""
+    # Scaled by a constant first, which cancels: squares of 1e-30 or 1e30 fit fp64 only.
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+        inverse = norm.reciprocal().masked_fill(norm < torch.finfo(x.dtype).tiny, 0.0).to(x.dtype)
+    x = x * inverse
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.masked_fill(length == 0, 1.0)
+
+
+def similarity(p: Tensor, s: Tensor, all_pairs: bool) -> Tensor:
+    """[B, C, K, M] of p [B, K, D] and s [C, M, D] or [B, C, M, D]; else [B, K, M] of s [B, M, D]."""
+    with torch.autocast(p.device.type, enabled=False):
+        if not all_pairs:
+            return p @ s.transpose(1, 2)
+        B, K, D = p.shape
+        C, M, _ = s.shape[-3:]
+        if s.dim() == 4:
+            sim = p @ s.reshape(B, C * M, D).transpose(1, 2)
+        else:
+            sim = p.reshape(B * K, D) @ s.reshape(C * M, D).T
+        return sim.view(B, K, C, M).transpose(1, 2)
+
+
+def normalize_weights(weights: Tensor) -> Tensor:
+    """Scaled to sum 1 over the last dimension; rows of zeros stay. Never overflows."""
+    largest = weights.amax(-1, keepdim=True)
+    weights = weights / largest.masked_fill(largest == 0, 1.0)
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0)
+
+
+def masked_weights(
+    name: str,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    features: Tensor,
+    lead: tuple[int, ...],
+    per_class: bool = False,
+) -> Tensor | None:
+    """Weights over the unmasked, broadcastable to [*lead, n]; None where uniform over all.
+
+    per_class: a row [B, n] belongs to an image, whatever the class.
+    """
+    n = features.shape[-2]
+    acc = checks.accumulate_dtype(features)
+    if weights is not None:
+        if per_class and isinstance(weights, Tensor) and weights.dim() == 2:
+            weights = weights[:, None, :]
+        checks.check_weights(name, weights, "the features", features, (*lead, n))
+        weights = weights.to(acc)
+    if mask is None:
+        return weights
+    if per_class:
+        mask = mask[:, None, :]
+    if weights is None:
+        return mask.to(acc)
+    masked = weights * mask
+    if checks.values_checkable(masked):
+        lost = (weights != 0).any(-1) & ~(masked != 0).any(-1)
+        if bool(lost.any()):
+            raise ValueError(
+                f"{name}: expected no weight where all is masked, got a positive weight on the fully masked "
+                f"{'image' if per_class else 'class'} at {lost.nonzero()[0].tolist()}"
+            )
+    return masked
+
+
+def take(weights: Tensor | None, images: slice, lead: int) -> Tensor | None:
+    """The rows of some images of weights that broadcast to [B, ..., n], `lead` dimensions before n."""
+    if weights is None or weights.dim() <= lead or weights.shape[0] == 1:
+        return weights
+    return weights[images]
+
+
+def pad_ragged(
+    tokens: Tensor, b: Tensor | None, token_mask: Tensor | None, cu_tokens: Tensor | Sequence[int]
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Tokens [sum M, D], weights and mask [sum M] of ragged classes as [C, max M, ...] with a mask."""
+    checks.check_float("tokens", tokens)
+    checks.check_shape("tokens", tokens, "[sum M, D] with cu_tokens", (None, None))
+    if isinstance(cu_tokens, Tensor):
+        if cu_tokens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_tokens: expected int32 or int64, got {cu_tokens.dtype}")
+        checks.check_shape("cu_tokens", cu_tokens, "[C + 1]", (None,))
+        cu_tokens = cu_tokens.tolist()
+    offsets = list(cu_tokens)
+    total = tokens.shape[0]
+    lengths = [end - start for start, end in pairwise(offsets)]
+    if not offsets or offsets[0] != 0 or offsets[-1] != total or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_tokens: expected offsets rising from 0 to {total} tokens, got {offsets}")
+    M = max(lengths, default=0) or 1
+    step = torch.arange(M, device=tokens.device)
+    start = torch.tensor(offsets[:-1], dtype=torch.int64, device=tokens.device)[:, None]
+    mask = step < torch.tensor(lengths, dtype=torch.int64, device=tokens.device)[:, None]
+    # A class without tokens reads row 0 of a table that has at least one row; its mask hides it.
+    table = tokens if total else tokens.new_zeros(1, tokens.shape[1]) + tokens.sum()
+    index = torch.where(mask, start + step, 0)
+    if token_mask is not None:
+        checks.check_mask("token_mask", token_mask, "[sum M]", (total,), tokens)
+        mask = mask & (token_mask[index] if total else False)
+    if b is not None:
+        checks.check_weights("b", b, "tokens", tokens, (total,))
+        b = torch.where(mask, b[index], 0.0) if total else mask.to(b.dtype)
+    return table[index], b, mask

@@ -1,0 +1,1 @@
+"""Registration of the operators with torch.library: schema, implementation, fake, autograd."""

@@ -1,0 +1,1 @@
+"""Class-incremental learning with CLIP: the method and its anchors."""

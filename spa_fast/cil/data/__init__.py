@@ -1,0 +1,1 @@
+"""Class order, image folders, cached features and the stream of tasks."""

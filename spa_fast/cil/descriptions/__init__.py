@@ -1,0 +1,1 @@
+"""Class-wise texts: reading, checking, and choosing the images they are written from."""

@@ -1,0 +1,129 @@
+"""The patch branch of SPA: descriptions choose patches, transport aligns them with the descriptions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spa_fast.cil.config import SpaConfig
+from spa_fast.cil.data.stream import ClassTexts
+from spa_fast.cil.methods.replay import Replay
+from spa_fast.patches import align_selected, topk_patches
+from spa_fast.transport import SinkhornOutput, sinkhorn
+
+
+class Kept(NamedTuple):
+    """Kept patches of every (image, class): `indices` [B, C, k] and their weights [B, C, k] (None: equal)."""
+
+    indices: Tensor
+    weights: Tensor | None
+
+    def rows(self, rows: Tensor) -> Kept:
+        """Those of some images."""
+        return Kept(self.indices[rows], None if self.weights is None else self.weights[rows])
+
+
+class Explanation(NamedTuple):
+    """Why an image got its local score for a class.
+
+    Attributes:
+        kept: [k] indices of the kept patches, best first.
+        relevance: [N] best cosine of every patch to a description.
+        transport: plan [k, M] and what goes with it.
+    """
+
+    kept: Tensor
+    relevance: Tensor
+    transport: SinkhornOutput
+
+
+class LocalBranch:
+    """Selection, projection, alignment and replay of patch tokens.
+
+    Args:
+        config: settings.
+        visual, textual: projectors of patches and of semantic tokens.
+        generator: source of pseudo-features.
+    """
+
+    def __init__(
+        self, config: SpaConfig, visual: nn.Module, textual: nn.Module, generator: torch.Generator
+    ) -> None:
+        self.config = config
+        self.visual = visual
+        self.textual = textual
+        self.replay = Replay(config, generator)
+
+    def scores(self, patches: Tensor, texts: ClassTexts, kept: Kept | None = None) -> Tensor:
+        """Transport scores [B, C] of patches [B, N, D]; selects first where `kept` is not given."""
+        config, patches = self.config, patches.float()
+        kept = kept or self.select(patches, texts)
+        scores: Tensor = align_selected(
+            self.visual(patches),
+            self.textual(texts.tokens),
+            kept.indices,
+            weights=kept.weights,
+            token_mask=texts.mask,
+            eps=config.eps,
+            max_iter=config.max_iter,
+            tol=config.tol,
+            solver=config.solver,
+            grad=config.grad,
+        )
+        return scores
+
+    @torch.no_grad()
+    def select(self, patches: Tensor, texts: ClassTexts) -> Kept:
+        """The k patches of every (image, class) that agree best with the class's descriptions."""
+        config, tokens = self.config, texts.tokens
+        patches = patches.float()
+        if config.selection_space == "projected":
+            patches, tokens = self.visual(patches), self.textual(tokens)
+        relevance, indices = topk_patches(
+            patches,
+            tokens,
+            config.k,
+            reduce=config.patch_score,
+            class_conditional=config.class_conditional,
+            token_mask=texts.mask,
+        )
+        weighted = config.marginals == "score_softmax"
+        return Kept(indices, (relevance / config.eps).softmax(-1) if weighted else None)
+
+    def remember(self, patches: Tensor, targets: Tensor, texts: ClassTexts, labels: range) -> None:
+        """Fit Gaussians of the new classes' kept patches, or of each image's mean of them."""
+        if self.config.local_replay == "none":
+            return
+        for label in labels:
+            own = patches[targets == label].float()
+            kept = self.select(own, texts.only(label)).indices[:, 0]
+            chosen = own.gather(1, kept[..., None].expand(-1, -1, own.shape[-1]))
+            chosen = chosen.mean(1) if self.config.local_replay == "mean" else chosen.flatten(0, 1)
+            self.replay.fit(chosen, torch.full((len(chosen),), label))
+
+    def pseudo_scores(self, texts: ClassTexts, old: int) -> tuple[Tensor, Tensor]:
+        """Scores [n, C] of pseudo-images, each a set of drawn patches (or one mean patch), and labels [n]."""
+        config = self.config
+        size = config.k if config.local_replay == "patches" else 1
+        count = 0 if config.local_replay == "none" else config.local_pseudo_per_class * size
+        drawn, targets = self.replay.draw(old, count, texts.tokens.shape[-1])
+        patches = drawn.unflatten(0, (len(drawn) // size, size))
+        all_of_them = torch.arange(size).expand(len(patches), len(texts.tokens), size)
+        return self.scores(patches, texts, Kept(all_of_them, None)), targets[::size]
+
+    @torch.no_grad()
+    def explain(self, patches: Tensor, texts: ClassTexts, label: int) -> Explanation:
+        """For one image's patches [N, D] and one class."""
+        config, own = self.config, texts.only(label)
+        patches = patches.float()
+        kept = self.select(patches[None], own).indices[0, 0]
+        tokens = own.tokens[0][own.mask[0]]
+        relevance = (F.normalize(patches, dim=-1) @ F.normalize(tokens, dim=-1).T).amax(-1)
+        aligned = F.normalize(self.visual(patches[kept]), dim=-1)
+        cost = 1 - aligned @ F.normalize(self.textual(tokens), dim=-1).T
+        transport = sinkhorn(cost, eps=config.eps, max_iter=config.max_iter, tol=config.tol, return_plan=True)
+        assert isinstance(transport, SinkhornOutput)
+        return Explanation(kept, relevance, transport)

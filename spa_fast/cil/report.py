@@ -1,0 +1,171 @@
+"""What a run leaves behind for people and programs: JSON, CSV, a curve and overlays."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import spa_fast
+from spa_fast.cil.metrics import AccuracyMatrix
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware behind a figure."""
+    from importlib.metadata import version
+
+    return {
+        "spa_fast": spa_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "open_clip_torch": version("open_clip_torch"),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def result_row(
+    method: str, matrix: AccuracyMatrix, seconds: float, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One run as results.json holds it; accuracies in percent."""
+    return {
+        "method": method,
+        "average": round(matrix.average, 4),
+        "last": round(matrix.last, 4),
+        "forgetting": round(matrix.forgetting, 4),
+        "bwt": round(matrix.bwt, 4),
+        "accuracies": [round(a, 4) for a in matrix.accuracies],
+        "matrix": [[None if r is None else round(r, 4) for r in row] for row in matrix.square()],
+        "task_sizes": matrix.sizes,
+        "seconds": round(seconds, 2),
+        "config": config,
+        "environment": environment(),
+    }
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Indented JSON; NaN is refused."""
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per row; the first row names the columns."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def stage_rows(matrix: AccuracyMatrix) -> list[dict[str, Any]]:
+    """results.csv of a single run: one line per stage."""
+    return [
+        {
+            "stage": b,
+            "accuracy": f"{a:.2f}",
+            **{f"task_{i}": f"{r:.2f}" if r is not None else "" for i, r in enumerate(row)},
+        }
+        for b, (a, row) in enumerate(zip(matrix.accuracies, matrix.square(), strict=True))
+    ]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned first column, right-aligned others."""
+    widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+def draw_curve(path: Path, curves: Mapping[str, Sequence[float]], title: str) -> None:
+    """Accuracy over classes seen so far after each stage, one line per method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in curves.items():
+        axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3.5, label=name)
+    axes.set(xlabel="tasks learnt", ylabel="accuracy on classes seen (%)", title=title)
+    axes.set_xticks(range(1, max(len(v) for v in curves.values()) + 1))
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=130)
+
+
+def draw_overlay(
+    path: Path,
+    image: Image.Image,
+    grid: int,
+    kept: Sequence[int],
+    relevance: np.ndarray,
+    plan: np.ndarray,
+    texts: Sequence[str],
+    title: str,
+) -> None:
+    """Three panels: kept patches on the image, relevance of every patch, transport plan to descriptions.
+
+    Args:
+        path: PNG to write.
+        image: the image as the encoder saw it, square.
+        grid: patches per side.
+        kept: indices of the kept patches.
+        relevance: [grid * grid] score of every patch.
+        plan: [k, M] transport plan.
+        texts: M descriptions.
+        title: heading.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
+    left.imshow(image)
+    cell_w, cell_h = image.width / grid, image.height / grid
+    for rank, index in enumerate(kept):
+        y, x = divmod(int(index), grid)
+        left.add_patch(
+            Rectangle((x * cell_w, y * cell_h), cell_w, cell_h, fill=False, edgecolor="yellow", linewidth=1.6)
+        )
+        left.text(
+            (x + 0.5) * cell_w,
+            (y + 0.5) * cell_h,
+            str(rank + 1),
+            color="yellow",
+            fontsize=7,
+            ha="center",
+            va="center",
+        )
+    left.set_title("kept patches, best first", fontsize=9)
+    middle.imshow(image, alpha=0.35, extent=(0, grid, grid, 0))
+    heat = middle.imshow(relevance.reshape(grid, grid), extent=(0, grid, grid, 0), alpha=0.7, cmap="viridis")
+    figure.colorbar(heat, ax=middle, shrink=0.8, label="best cosine to a description")
+    middle.set_title("relevance of every patch", fontsize=9)
+    for axes in (left, middle):
+        axes.set_axis_off()
+    mass = right.imshow(plan.T * plan.size, aspect="auto", cmap="magma")
+    right.set_yticks(range(len(texts)), [t if len(t) <= 44 else t[:41] + "..." for t in texts], fontsize=8)
+    right.set_xticks(range(len(kept)), [str(i + 1) for i in range(len(kept))], fontsize=7)
+    right.set_xlabel("kept patch", fontsize=9)
+    right.set_title("transport plan (1 = even spread)", fontsize=9)
+    figure.colorbar(mass, ax=right, shrink=0.8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)

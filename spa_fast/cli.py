@@ -1,0 +1,98 @@
+"""Command line: spa-fast train | eval | predict | demo | env."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from spa_fast.cil.errors import RunError
+from spa_fast.cil.experiment import RunConfig
+
+
+def say(line: str) -> None:
+    """One line to standard output, at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def train(config: OmitArgPrefixes[RunConfig], out: Path) -> None:
+    """Train a method over all tasks and write a run folder.
+
+    Args:
+        config: settings of the run.
+        out: run folder; must not exist or be empty.
+    """
+    from spa_fast.cil.experiment import train as run
+
+    run(config, out, say)
+
+
+def evaluate(run: Positional[Path], /, data: Path | None = None) -> None:
+    """Score a finished run again, after its last task, on its test images.
+
+    Args:
+        run: run folder.
+        data: data folder; default the one it was trained on.
+    """
+    from spa_fast.cil.predict import evaluate_run
+
+    for line in evaluate_run(run, data):
+        say(line)
+
+
+def predict(run: Positional[Path], images: Positional[tuple[Path, ...]], /, top: int = 5) -> None:
+    """Print the top classes of images with their scores (cosines, fused).
+
+    Args:
+        run: run folder.
+        images: image files.
+        top: classes shown per image.
+    """
+    from spa_fast.cil.predict import predict_images
+
+    for line in predict_images(run, images, top):
+        say(line)
+
+
+def demo(out: Path = Path("runs/demo"), seeds: int = 3) -> None:
+    """Run the ablation ladder over the embedded world: offline, no GPU.
+
+    Args:
+        out: folder to write; an earlier demo in it is replaced.
+        seeds: worlds and class orders to average over.
+    """
+    from spa_fast.cil.demo.ladder import run_demo
+
+    run_demo(out, seeds, say)
+
+
+def env() -> None:
+    """Print versions, devices, backends and compiled parts as JSON."""
+    from spa_fast._backends import available
+    from spa_fast._native import native_info
+    from spa_fast.cil.report import environment
+
+    usable = {name: reason or "usable" for name, reason in available().items()}
+    say(json.dumps({"environment": environment(), "backends": usable, "native": native_info()}, indent=1))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; bad input is one line on standard error and exit code 2."""
+    commands = {"train": train, "eval": evaluate, "predict": predict, "demo": demo, "env": env}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="spa-fast", args=argv)
+    except RunError as error:
+        sys.stderr.write(f"spa-fast: error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("spa-fast: interrupted; nothing was written\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

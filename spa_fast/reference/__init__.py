@@ -1,0 +1,1 @@
+"""Plain-PyTorch oracles: explicit forward and backward in any float dtype. Imports torch only."""

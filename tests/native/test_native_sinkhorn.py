@@ -1,0 +1,158 @@
+"""spa_fast._C.sinkhorn_fwd, called through raw pointers, against the fp64 reference."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from spa_fast._native import extension, native_info
+from spa_fast.reference.sinkhorn import sinkhorn_fwd
+
+_C = extension()
+if _C is None:
+    pytest.skip(native_info()["reason"], allow_module_level=True)
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+COMPILED = native_info()["simd_compiled"]
+
+
+def usable(isa: str) -> bool:
+    try:
+        native(*problems(1, 1, 1), isa=isa)
+    except ValueError:
+        return False
+    return True
+
+
+def problems(
+    P: int, K: int, M: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    cost = (2 * torch.rand(P, K, M, generator=generator)).to(dtype)
+    a = torch.rand(P, K, generator=generator) + 0.1
+    b = torch.rand(P, M, generator=generator) + 0.1
+    return cost, a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True)
+
+
+def native(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    eps: float = 0.1,
+    max_iter: int = 50,
+    tol: float = 0.0,
+    value: bool = False,
+    threads: int = 1,
+    isa: str = "auto",
+) -> tuple[Tensor, ...]:
+    P, K, M = cost.shape
+    score, f, g, error = (torch.full(size, math.nan) for size in ((P,), (P, K), (P, M), (P,)))
+    n_iter = torch.full((P,), -1, dtype=torch.int32)
+    strides = [0 if weights.shape[0] == 1 else weights.shape[1] for weights in (a, b)]
+    _C.sinkhorn_fwd(
+        *(cost.data_ptr(), DTYPES[cost.dtype], a.data_ptr(), strides[0], b.data_ptr(), strides[1]),
+        *(P, K, M, eps, max_iter, tol, value),
+        *(score.data_ptr(), f.data_ptr(), g.data_ptr(), n_iter.data_ptr(), error.data_ptr(), threads, isa),
+    )
+    return score, f, g, n_iter, error
+
+
+ISAS = [isa for isa in ("portable", "avx2", "avx512") if isa in COMPILED and usable(isa)]
+
+
+def check(cost: Tensor, a: Tensor, b: Tensor, isa: str, **options) -> None:
+    eps, max_iter, tol = options["eps"], options.get("max_iter", 50), options.get("tol", 0.0)
+    value = options.get("value", False)
+    score, f, g, n_iter, error = native(cost, a, b, isa=isa, **options)
+    want = sinkhorn_fwd(cost.double(), a.double(), b.double(), eps, max_iter, tol, value)
+    size = cost.float().abs().max().item()
+    torch.testing.assert_close(score.double(), want[0], rtol=1e-5, atol=1e-7 * size)
+    # Potentials are compared modulo the constant that may move from f to g.
+    shift = (want[1] - f).mean(1, keepdim=True) if bool((a > 0).all()) else 0.0
+    torch.testing.assert_close(f + shift, want[1], rtol=1e-5, atol=1e-5 * size)
+    torch.testing.assert_close(g - shift, want[2], rtol=1e-5, atol=1e-5 * size)
+    torch.testing.assert_close(n_iter, want[3])
+    torch.testing.assert_close(error.double(), want[4], rtol=1e-4, atol=1e-6)
+
+
+def same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eps", [1e-4, 1e-2, 0.03, 0.1, 1.0, 100.0])
+def test_sinkhorn_fwd_matches_reference(isa: str, dtype: torch.dtype, eps: float) -> None:
+    for K, M, tol, value in [
+        (1, 1, 0.0, False),
+        (32, 16, 0.0, True),
+        (32, 16, 1e-3, False),
+        (7, 63, 1e-3, True),
+    ]:
+        check(*problems(21, K, M, dtype), isa, eps=eps, tol=tol, value=value)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sinkhorn_fwd_shared_weights_and_zeros(isa: str) -> None:
+    cost, a, b = problems(18, 9, 5)
+    check(cost, a[:1].contiguous(), b[:1].contiguous(), isa, eps=0.1)
+    a[:, 6:] = 0
+    a[3] = 0
+    a = a / a.sum(1, keepdim=True).clamp_min(1e-30)
+    cost[:, 7] = math.nan
+    cost[5, 0, 0] = math.nan
+    cost[6, 0, 0] = math.inf
+    got = native(cost, a, b, isa=isa)
+    want = sinkhorn_fwd(cost.double(), a.double(), b.double(), 0.1, 50, 0.0, False)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), y.double(), rtol=1e-5, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sinkhorn_fwd_batch_of_one_equals_batch(isa: str, dtype: torch.dtype) -> None:
+    cost, a, b = problems(35, 12, 7, dtype)
+    options = {"eps": 0.025, "tol": 1e-3, "isa": isa}  # both branches occur
+    batch = native(cost, a, b, **options)
+    assert same(native(cost, a, b, threads=3, **options), batch)
+    for p in range(35):
+        one = slice(p, p + 1)
+        alone = native(cost[one].contiguous(), a[one].contiguous(), b[one].contiguous(), **options)
+        assert same(alone, tuple(x[one] for x in batch))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sinkhorn_fwd_near_underflow(isa: str) -> None:
+    """Costs built so that kernel space may run out of range: right anyway."""
+    cost, a, b = problems(64, 16, 16)
+    cost = torch.where(cost > 1.0, 2.0, 0.0) * torch.linspace(0.1, 1.0, 64)[:, None, None]
+    a[:, 0] = 1e-12
+    b[:, 3] = 1e-20
+    check(cost, a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True), isa, eps=0.025, max_iter=200)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("eps", [1e-6, 1e-4, 1.0, 1e6])
+def test_sinkhorn_fwd_large_costs_stay_finite(isa: str, eps: float) -> None:
+    cost, a, b = problems(20, 8, 6)
+    for x in native(cost * 5e3, a, b, eps=eps, isa=isa):
+        assert x.isfinite().all()
+
+
+def test_sinkhorn_fwd_refuses() -> None:
+    with pytest.raises(ValueError, match="isa"):
+        native(*problems(1, 2, 2), isa="sse9")
+    with pytest.raises(ValueError, match="256"):
+        native(*problems(1, 257, 2))
+    with pytest.raises(ValueError, match="eps"):
+        native(*problems(1, 2, 2), eps=math.nan)
+
+
+def test_build_info() -> None:
+    info = native_info()
+    assert info["available"]
+    assert info["reason"] is None
+    assert info["simd"] == ISAS[-1]
+    assert {"version", "compiler", "build_type", "openmp", "cuda_archs"} <= info.keys()

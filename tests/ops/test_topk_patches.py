@@ -1,0 +1,235 @@
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from spa_fast import topk_patches
+from spa_fast._ops import patches as ops
+from spa_fast.patches import SOFTMAX_TEMPERATURE, select_indices
+
+REDUCES = ("max", "mean", "softmax")
+
+
+def case(B=2, N=13, C=3, M=4, D=6, dtype=torch.float64, grad=False):
+    g = torch.Generator().manual_seed(0)
+    patches = torch.randn(B, N, D, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad)
+    tokens = torch.randn(C, M, D, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad)
+    return patches, tokens
+
+
+def masks(B=2, N=13, C=3, M=4):
+    patch_mask, token_mask = torch.ones(B, N, dtype=torch.bool), torch.ones(C, M, dtype=torch.bool)
+    patch_mask[0, 2:9], token_mask[1, 1:3] = False, False
+    return patch_mask, token_mask
+
+
+def plain_relevance(patches, tokens, reduce):
+    """[B, C, N] by einsum and autograd."""
+    p = patches / patches.norm(dim=-1, keepdim=True)
+    s = tokens / tokens.norm(dim=-1, keepdim=True)
+    sim = torch.einsum("bnd,cmd->bcnm", p, s)
+    if reduce == "max":
+        return sim.amax(-1)
+    return sim.mean(-1) if reduce == "mean" else ((sim / SOFTMAX_TEMPERATURE).softmax(-1) * sim).sum(-1)
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+@pytest.mark.parametrize("class_conditional", [True, False])
+def test_topk_patches_matches_einsum_and_its_gradient(reduce, class_conditional):
+    patches, tokens = case(grad=True)
+    scores, indices = topk_patches(patches, tokens, 5, reduce=reduce, class_conditional=class_conditional)
+    r = plain_relevance(patches, tokens, reduce)
+    best = r if class_conditional else r.amax(1, keepdim=True).expand_as(r)
+    assert torch.equal(indices, best.topk(5).indices)
+    want = r.gather(2, indices)
+    torch.testing.assert_close(scores, want, rtol=1e-11, atol=1e-14)
+    grad = torch.randn_like(scores)
+    got = torch.autograd.grad(scores, (patches, tokens), grad)
+    for g, w in zip(got, torch.autograd.grad(want, (patches, tokens), grad), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_topk_patches_gradcheck(reduce):
+    patches, tokens = case(B=1, N=6, C=2, M=3, D=4, grad=True)
+    patch_mask, token_mask = torch.ones(1, 6, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)
+    patch_mask[0, 1], token_mask[0, 2] = False, False
+    for masked in (None, patch_mask), (token_mask, patch_mask):
+        tokens_on, patches_on = masked[0], masked[1]
+
+        def scores(p, s, patches_on=patches_on, tokens_on=tokens_on):
+            return topk_patches(p, s, 3, reduce=reduce, patch_mask=patches_on, token_mask=tokens_on)[0]
+
+        assert torch.autograd.gradcheck(scores, (patches, tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_topk_patches_dtypes(dtype):
+    patches, tokens = case(dtype=dtype, grad=True)
+    scores, indices = topk_patches(patches, tokens, 4)
+    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert indices.dtype == torch.int64
+    scores.sum().backward()
+    assert patches.grad.dtype == tokens.grad.dtype == dtype
+
+
+def test_first_of_equal_tokens_takes_the_gradient():
+    patches, tokens = case(grad=True)
+    twins = torch.cat([tokens, tokens], 1)
+    (grad,) = torch.autograd.grad(topk_patches(patches, twins, 5)[0].sum(), twins)
+    assert grad[:, :4].any()
+    assert not grad[:, 4:].any()
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_masked_tokens_equal_absent_tokens(reduce):
+    patches, tokens = case()
+    _, token_mask = masks()
+    scores, indices = topk_patches(patches, tokens, 5, reduce=reduce, token_mask=token_mask)
+    alone, chosen = topk_patches(patches, tokens[1:2, [0, 3]], 5, reduce=reduce)
+    assert torch.equal(indices[:, 1:2], chosen)
+    torch.testing.assert_close(scores[:, 1:2], alone, rtol=1e-12, atol=1e-14)
+
+
+def test_masked_patches_come_last_with_score_zero():
+    patches, tokens = case()
+    patch_mask, _ = masks()
+    scores, indices = topk_patches(patches, tokens, 9, patch_mask=patch_mask)
+    assert patch_mask[0][indices[0, :, :6]].all()
+    assert torch.equal(indices[0, :, 6:], torch.tensor([2, 3, 4]).expand(3, 3))
+    assert not scores[0, :, 6:].any()
+    assert patch_mask[1][indices[1]].all()
+
+
+def test_select_indices_carries_no_gradient_and_agrees():
+    patches, tokens = case(grad=True)
+    indices = select_indices(patches, tokens, 5, reduce="mean")
+    assert torch.equal(indices, topk_patches(patches, tokens, 5, reduce="mean")[1])
+    assert not indices.requires_grad
+
+
+def test_strides_do_not_matter():
+    patches, tokens = case(dtype=torch.float32)
+    want = topk_patches(patches, tokens, 5)
+    wide = torch.randn(2, 13, 12)[..., ::2].copy_(patches)
+    turned = patches.transpose(1, 2).contiguous().transpose(1, 2)
+    for p in (wide, turned):
+        for g, w in zip(topk_patches(p, tokens, 5), want, strict=True):
+            torch.testing.assert_close(g, w)
+    one = patches[:1].expand(4, -1, -1)
+    assert torch.equal(topk_patches(one, tokens, 5)[1], want[1][:1].expand(4, -1, -1))
+
+
+@pytest.mark.parametrize(("B", "C"), [(0, 3), (2, 0)])
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_empty_batches_are_differentiable(B, C, reduce):
+    patches = torch.randn(B, 13, 6, requires_grad=True)
+    tokens = torch.randn(C, 4, 6, requires_grad=True)
+    scores, indices = topk_patches(patches, tokens, 5, reduce=reduce)
+    assert scores.shape == indices.shape == (B, C, 5)
+    scores.sum().backward()
+    assert patches.grad.shape == patches.shape
+    assert not tokens.grad.any()
+
+
+@pytest.mark.parametrize("need", [(True, False), (False, True), (True, True)])
+def test_gradient_of_one_side_only(need):
+    patches, tokens = case()
+    patches.requires_grad_(need[0])
+    tokens.requires_grad_(need[1])
+    both = [x.detach().requires_grad_() for x in (patches, tokens)]
+    want = torch.autograd.grad(topk_patches(*both, 5)[0].sum(), both)
+    topk_patches(patches, tokens, 5)[0].sum().backward()
+    for x, on, w in zip((patches, tokens), need, want, strict=True):
+        assert torch.equal(x.grad, w) if on else x.grad is None
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_extreme_scales(scale):
+    patches, tokens = case(dtype=torch.float32)
+    scores, indices = topk_patches(patches, tokens, 5)
+    far, same = topk_patches(patches * scale, tokens / scale, 5)
+    assert torch.equal(indices, same)
+    torch.testing.assert_close(far, scores)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(masked):
+    patch_mask, token_mask = masks() if masked else (None, None)
+    for grad in (False, True):
+        patches, tokens = case(grad=grad)
+        indices = select_indices(patches, tokens, 5)
+        inputs = (patches, tokens, patch_mask, token_mask, 5, "max", True)
+        torch.library.opcheck(ops.topk_patches, inputs)
+        torch.library.opcheck(ops.selected_sim, (patches, tokens, indices, patch_mask, token_mask))
+        backward = (torch.randn(2, 3, 5, 4).double(), patches.detach(), tokens.detach(), indices)
+        torch.library.opcheck(ops.selected_sim_bwd, (*backward, patch_mask, token_mask, True, False))
+
+
+def test_compiles_in_one_graph_and_once_for_all_batch_sizes():
+    patches, tokens = case(dtype=torch.float32, B=4, grad=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def scores(p, s):
+        return topk_patches(p, s, 5, reduce="softmax")[0]
+
+    for B in (4, 3, 2):
+        p = patches[:B].detach().requires_grad_()
+        torch._dynamo.mark_dynamic(p, 0)
+        torch.testing.assert_close(scores(p, tokens), topk_patches(p, tokens, 5, reduce="softmax")[0])
+    assert counter.frame_count == 1
+
+
+def test_autocast_keeps_fp32():
+    patches, tokens = case(dtype=torch.float32, D=64, grad=True)
+    want, _ = topk_patches(patches, tokens, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, _ = topk_patches(patches, tokens, 5)
+        grads = torch.autograd.grad(scores.sum(), (patches, tokens))
+    assert torch.equal(scores, want)
+    for g, w in zip(grads, torch.autograd.grad(want.sum(), (patches, tokens)), strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("k", [0, -1, 14])
+def test_k_out_of_range_names_both_numbers(k):
+    with pytest.raises(ValueError, match=rf"N = 13.*got {k}"):
+        topk_patches(*case(), k)
+
+
+def test_refusals():
+    patches, tokens = case()
+    with pytest.raises(ValueError, match="tokens: expected M >= 1"):
+        topk_patches(patches, tokens[:, :0], 3)
+    with pytest.raises(ValueError, match=r"tokens: expected .* width"):
+        topk_patches(patches, tokens[..., :5], 3)
+    with pytest.raises(ValueError, match="patches: expected"):
+        topk_patches(patches[0], tokens, 3)
+    with pytest.raises(TypeError, match="tokens: expected the dtype"):
+        topk_patches(patches, tokens.float(), 3)
+    with pytest.raises(TypeError, match="patches: expected fp16"):
+        topk_patches(patches.long(), tokens.long(), 3)
+    with pytest.raises(ValueError, match="reduce"):
+        topk_patches(patches, tokens, 3, reduce="maximum")
+    with pytest.raises(RuntimeError, match="native"):
+        topk_patches(patches, tokens, 3, backend="native")
+    with pytest.raises(ValueError, match="backend"):
+        topk_patches(patches, tokens, 3, backend="cuda")
+    with pytest.raises(TypeError, match="patch_mask: expected bool"):
+        topk_patches(patches, tokens, 3, patch_mask=torch.ones(2, 13))
+    with pytest.raises(ValueError, match="token_mask"):
+        topk_patches(patches, tokens, 3, token_mask=torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_nan_is_refused_unless_masked():
+    patches, tokens = case()
+    patch_mask, _ = masks()
+    patches[0, 4, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"patches: .*image 0, patch 4"):
+        topk_patches(patches, tokens, 3)
+    scores, _ = topk_patches(patches, tokens, 13, patch_mask=patch_mask)
+    assert scores.isfinite().all()
+    tokens[2, 3] = torch.inf
+    with pytest.raises(ValueError, match=r"tokens: .*class 2, token 3"):
+        topk_patches(patches, tokens, 3, patch_mask=patch_mask)
