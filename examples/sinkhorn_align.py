@@ -11,6 +11,6 @@ align = SinkhornAlign(eps=0.1, return_plan=True)
 out = align(patches, tokens)
 out.score.sum().backward()
 
-print(f"scores {list(out.score.shape)}, plans {list(out.plan.shape)}")  # noqa: T201
-print(f"iterations: mean {out.n_iter.float().mean():.1f}, all converged: {bool(out.converged.all())}")  # noqa: T201
-print(f"gradient reaches the tokens: norm {tokens.grad.norm():.3f}")  # noqa: T201
+print(f"scores {list(out.score.shape)}, plans {list(out.plan.shape)}")
+print(f"iterations: mean {out.n_iter.float().mean():.1f}, all converged: {bool(out.converged.all())}")
+print(f"gradient reaches the tokens: norm {tokens.grad.norm():.3f}")

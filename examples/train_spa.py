@@ -101,6 +101,6 @@ for labels in tasks:
             scores = scores + LOCAL * local_scores(visual(p), p)
             right, total = right + int((scores.argmax(-1) == y).sum()), total + len(y)
     accuracies.append(100 * right / total)
-    print(f"{labels.stop:4d} classes: {accuracies[-1]:.1f} %", flush=True)  # noqa: T201
+    print(f"{labels.stop:4d} classes: {accuracies[-1]:.1f} %", flush=True)
 
-print(f"average {sum(accuracies) / len(accuracies):.1f} %, last {accuracies[-1]:.1f} %")  # noqa: T201
+print(f"average {sum(accuracies) / len(accuracies):.1f} %, last {accuracies[-1]:.1f} %")

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._tiles import MAX_REGISTERS, TileConfig, default_config, next_power_of_2  # noqa: TID251
+from ._tiles import MAX_REGISTERS, TileConfig, default_config, next_power_of_2
 
 # Up to range/eps = 80 kernel entries and both scalings stay within e^-80 and e^80: normal fp32 numbers.
 _WIDE = tl.constexpr(80 * math.log2(math.e))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
@@ -82,7 +83,13 @@ def env() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input is one line on standard error and exit code 2."""
-    commands = {"train": train, "eval": evaluate, "predict": predict, "demo": demo, "env": env}
+    commands: dict[str, Callable[..., None]] = {
+        "train": train,
+        "eval": evaluate,
+        "predict": predict,
+        "demo": demo,
+        "env": env,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="spa-fast", args=argv)
     except RunError as error:

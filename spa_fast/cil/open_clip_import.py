@@ -21,9 +21,10 @@ _library: torch.library.Library | None = None
 def import_open_clip() -> ModuleType:
     """Return the module `open_clip`.
 
-    A torchvision wheel built for CUDA fails to import beside a CPU torch, because its compiled operators cannot
-    be loaded; transforms and models need none of them. On exactly that failure the two missing schemas are
-    declared, half-imported modules are forgotten, and the import is tried once more. Other errors pass through.
+    A torchvision wheel built for CUDA fails to import beside a CPU torch, because its compiled operators
+    cannot be loaded; transforms and models need none of them. On exactly that failure the two missing schemas
+    are declared, half-imported modules are forgotten, and the import is tried once more. Other errors pass
+    through.
 
     Raises:
         ImportError: open_clip is not installed.

@@ -132,12 +132,10 @@ def relevance(sim: Tensor, token_mask: Tensor | None, reduce: str, dim: int) -> 
 def unit_rows(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x [..., D] at norm 1 in the accumulate dtype and 1/|x| [..., 1]; both 0 where |x| = 0 or masked."""
     x = (x if x.dtype == torch.float64 else x.float()).contiguous()
-    # Squares of 1e-30 or 1e30 do not fit fp32; the largest entry is scaled to 1 first.
-    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True) if x.shape[-1] else x.sum(-1, True)
-    unit = x * largest.reciprocal().masked_fill(largest == 0, 0.0)
-    scale = torch.linalg.vector_norm(unit, 2, -1, keepdim=True).clamp(min=1.0).reciprocal()
-    inverse = (scale / largest).masked_fill(largest == 0, 0.0)
-    unit.mul_(scale)
+    # Squares of 1e-30 or 1e30 do not fit fp32.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+    inverse = norm.reciprocal().masked_fill(norm < torch.finfo(x.dtype).tiny, 0.0).to(x.dtype)
+    unit = x * inverse
     if mask is not None:
         unit.masked_fill_(~mask[..., None], 0.0)
         inverse.masked_fill_(~mask[..., None], 0.0)

@@ -134,8 +134,8 @@ def nearness(places: Tensor) -> Tensor:
     return near.nan_to_num()
 
 
-def train(out: Path, minutes: float, seed: int, pictures: int, batch: int = 64, rate: float = 1e-3) -> None:
-    """Train for `minutes` of wall time after rendering and write an open_clip folder to `out`."""
+def train(out: Path, steps: int, seed: int, pictures: int, batch: int = 64, rate: float = 1e-3) -> None:
+    """Train for `steps` batches and write an open_clip folder to `out`."""
     open_clip = import_open_clip()
     out.mkdir(parents=True, exist_ok=True)
     write_vocabulary(out / VOCABULARY)
@@ -150,11 +150,10 @@ def train(out: Path, minutes: float, seed: int, pictures: int, batch: int = 64, 
     mean, std = torch.tensor(_MEAN).view(1, 3, 1, 1), torch.tensor(_STD).view(1, 3, 1, 1)
     counts = [len(values) for values in ATTRIBUTES.values()]
     first, singles = torch.tensor([0, *counts[:-1]]).cumsum(0), sum(counts)
-    start, step, done = time.monotonic(), 0, 0.0
-    while done < 1:
-        done = min(1.0, (time.monotonic() - start) / (60 * minutes))
+    start = time.monotonic()
+    for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 300) * (0.51 + 0.49 * math.cos(math.pi * done))
+            group["lr"] = rate * min(1.0, step / 300) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
         rows = torch.randint(len(images), (batch,))
         texts, truth = captions(labels[rows], 48, rng)
         with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
@@ -174,7 +173,6 @@ def train(out: Path, minutes: float, seed: int, pictures: int, batch: int = 64, 
         torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        step += 1
         if step % 100 == 0:
             parts = " ".join(f"{key} {value.item():.3f}" for key, value in losses.items())
             log.info("%4.0f s  step %d  %s", time.monotonic() - start, step, parts)
@@ -190,14 +188,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--minutes", type=float, default=15.0, help="training time after rendering")
+    parser.add_argument("--steps", type=int, default=1600, help="batches of 64; about 4 minutes")
     parser.add_argument("--seed", type=int, default=0, help="seed of pictures, weights and batches")
-    parser.add_argument("--pictures", type=int, default=80_000, help="number of training pictures")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--pictures", type=int, default=50_000, help="number of training pictures")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
-    train(args.out, args.minutes, args.seed, args.pictures)
+    train(args.out, args.steps, args.seed, args.pictures)
 
 
 if __name__ == "__main__":
