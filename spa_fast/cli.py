@@ -59,16 +59,19 @@ def predict(run: Positional[Path], images: Positional[tuple[Path, ...]], /, top:
         say(line)
 
 
-def demo(out: Path = Path("runs/demo"), seeds: int = 3) -> None:
+def demo(out: Path = Path("runs/demo"), seeds: int = 3, first_seed: int = 0) -> None:
     """Run the ablation ladder over the embedded world: offline, no GPU.
 
     Args:
         out: folder to write; an earlier demo in it is replaced.
         seeds: worlds and class orders to average over.
+        first_seed: seed of the first world.
     """
     from spa_fast.cil.demo.ladder import run_demo
 
-    run_demo(out, seeds, say)
+    if seeds < 1 or first_seed < 0:
+        raise RunError(f"demo: expected --seeds >= 1 and --first-seed >= 0, got {seeds} and {first_seed}")
+    run_demo(out, range(first_seed, first_seed + seeds), say)
 
 
 def env() -> None:

@@ -166,6 +166,7 @@ def load_backbone(name: str, *, transform: Transform = "openclip", device: str =
     """
     if transform not in get_args(Transform):
         raise RunError(f"transform: expected one of {get_args(Transform)}, got {transform!r}")
+    _check_device(device)
     kind, _, rest = name.partition(":")
     if kind == "local-dir":
         _check_folder(name, Path(rest))
@@ -201,6 +202,13 @@ def load_backbone(name: str, *, transform: Transform = "openclip", device: str =
     if transform == "lamda":
         preprocess = _preprocess(open_clip, model.visual, "squash")
     return Backbone(model, preprocess, tokenizer, name, device)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"--device: {device!r} cannot be used here: {_first_line(error)}") from error
 
 
 def _check_folder(name: str, folder: Path) -> None:

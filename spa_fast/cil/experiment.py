@@ -69,6 +69,7 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         values = dataclasses.asdict(self)
+        values["templates"] = list(self.templates)
         return {key: str(v) if isinstance(v, Path) else v for key, v in values.items()}
 
     @classmethod

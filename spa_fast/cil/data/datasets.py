@@ -70,7 +70,7 @@ def check_images(paths: Iterable[Path]) -> None:
     Raises:
         RunError: naming the first unreadable file.
     """
-    for path in tqdm(list(paths), desc="checking images", unit="img", leave=False):
+    for path in tqdm(list(paths), desc="checking images", unit="img", leave=False, disable=None):
         try:
             with Image.open(path) as image:
                 image.draft("RGB", (32, 32))

@@ -20,6 +20,9 @@ from spa_fast.cil.demo.vocabulary import ATTRIBUTES, PARTS, Attributes
 
 __all__ = ["CLASSES", "contact_sheet", "descriptions", "is_class_combination", "render", "write_dataset"]
 
+# Classes of a family.
+FAMILY = 5
+
 # Colour and pattern of a family; then name and indices of ears, horns, tail and legs of its members.
 _FAMILIES = (
     ("crimson", "stripes", "zelmur 0000 drovik 2000 quenob 0100 plurga 0030 wistrel 0002"),
@@ -70,11 +73,13 @@ def write_dataset(folder: Path, seed: int, train_per_class: int, test_per_class:
 
 
 def contact_sheet(per_class: int, seed: int) -> Image.Image:
-    """One row of creatures a class: what the classes look like at a glance."""
-    sheet = Image.new("RGB", (per_class * SIZE, len(CLASSES) * SIZE))
-    for y, attributes in enumerate(CLASSES.values()):
-        for x in range(per_class):
-            sheet.paste(render(attributes, np.random.default_rng((seed, y, x))), (x * SIZE, y * SIZE))
+    """A row of creatures a family, `per_class` of each of its classes side by side."""
+    sheet = Image.new("RGB", (FAMILY * per_class * SIZE, len(CLASSES) // FAMILY * SIZE))
+    for index, attributes in enumerate(CLASSES.values()):
+        row, member = divmod(index, FAMILY)
+        for i in range(per_class):
+            picture = render(attributes, np.random.default_rng((seed, index, i)))
+            sheet.paste(picture, ((member * per_class + i) * SIZE, row * SIZE))
     return sheet
 
 

@@ -1,0 +1,44 @@
+import json
+
+import pytest
+
+from spa_fast.cil.demo.ladder import ladder, run_demo
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out, lines = tmp_path_factory.mktemp("runs") / "demo", []
+    return out, run_demo(out, range(900, 901), lines.append), lines
+
+
+def test_every_step_is_reported(demo):
+    out, results, lines = demo
+    assert json.loads((out / "results.json").read_text()) == results
+    assert [row["method"] for row in results["rows"]] == list(ladder())
+    for row in results["rows"]:
+        assert row["seeds"] == [900]
+        assert row["average_spread"] == row["last_spread"] == 0.0
+        assert len(row["accuracies"]) == len(row["matrix"]) == 5
+        assert row["method"] in lines[0]
+    files = {p.name for p in out.iterdir()}
+    assert files == {
+        *("results.json", "metrics.jsonl", "results.csv", "curve.png"),
+        *("overlay_0.png", "overlay_1.png", "world.png"),
+    }
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 5 * len(ladder())
+
+
+def test_no_step_saturates_and_pseudo_features_matter(demo):
+    rows = {row["method"]: row for row in demo[1]["rows"]}
+    assert all(row["average"] < 92 for row in rows.values())
+    full, forgetful = rows["SPA + selection, OT"], rows["SPA without pseudo-features"]
+    assert full["forgetting"] < forgetful["forgetting"] - 30
+    assert full["average"] > rows["zero-shot by name"]["average"] + 30
+
+
+def test_an_earlier_demo_is_replaced_but_nothing_else(demo, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(Exception, match="not an empty folder"):
+        run_demo(tmp_path / "mine", range(1), lambda line: None)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
