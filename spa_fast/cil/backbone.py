@@ -44,18 +44,10 @@ class Backbone:
     ) -> None:
         visual = model.visual
         blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
-        if (
-            not blocks
-            or visual.attn_pool is not None
-            or not isinstance(blocks[-1].attn, nn.MultiheadAttention)
-        ):
-            raise RunError(
-                f"backbone {name!r}: expected a plain ViT image tower, got {type(visual).__name__}"
-            )
-        if visual.pool_type != "tok":
-            raise RunError(
-                f"backbone {name!r}: expected class-token pooling, got pool_type={visual.pool_type!r}"
-            )
+        plain = blocks and visual.attn_pool is None and isinstance(blocks[-1].attn, nn.MultiheadAttention)
+        if not plain or visual.pool_type != "tok":
+            kind = type(visual).__name__
+            raise RunError(f"backbone {name!r}: expected a ViT image tower with a class token, got {kind}")
         self.model = model.eval().requires_grad_(False).to(device)
         self.preprocess = preprocess
         self.tokenizer = tokenizer
@@ -93,7 +85,7 @@ class Backbone:
         elif source == "penultimate":
             tokens = seen["before"]
         else:
-            tokens = _last_values(block, seen["before"], mix=source == "vv_attention")
+            tokens = last_values(block, seen["before"], mix=source == "vv_attention")
         patches = visual.ln_post(tokens[:, 1:]) @ visual.proj
         return pooled.float(), patches.float()
 
@@ -138,7 +130,7 @@ class Backbone:
         return words
 
 
-def _last_values(block: Any, x: Tensor, mix: bool) -> Tensor:
+def last_values(block: Any, x: Tensor, mix: bool) -> Tensor:
     """Values of the last block through its output projection, optionally mixed by value-value attention."""
     attn = block.attn
     width = x.shape[-1]

@@ -30,12 +30,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from spa_fast.cil.backbone import VOCABULARY, last_values
 from spa_fast.cil.demo.creatures import SIZE, render_with_places
 from spa_fast.cil.demo.vocabulary import ATTRIBUTES, TEMPLATES, random_attributes, write_vocabulary
 from spa_fast.cil.demo.world import is_class_combination
 from spa_fast.cil.open_clip_import import import_open_clip
 
-VOCABULARY = "bpe_vocab.txt.gz"
 _KEYS = list(ATTRIBUTES)
 _MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 _PATCH, _CHUNK = 8, 1000
@@ -120,8 +120,7 @@ def tokens(visual: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     handle = block.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     pooled = visual(images)
     handle.remove()
-    weight, bias = block.attn.in_proj_weight.chunk(3)[2], block.attn.in_proj_bias.chunk(3)[2]
-    values = block.attn.out_proj(F.linear(block.ln_1(seen[0]), weight, bias))
+    values = last_values(block, seen[0], mix=False)
     patches = visual.ln_post(values[:, 1:]) @ visual.proj
     return F.normalize(pooled.float(), dim=-1), F.normalize(patches.float(), dim=-1)
 
