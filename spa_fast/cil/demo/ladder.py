@@ -68,6 +68,8 @@ def ladder() -> dict[str, dict[str, Any]]:
 
 def run_demo(out: Path, seeds: range, say: Callable[[str], None]) -> dict[str, Any]:
     """Run every step for every seed, write `out` and print the table; returns results.json's content."""
+    # Steps are small: a second thread gains little here and loses much beside another busy process.
+    torch.set_num_threads(1)
     start = time.perf_counter()
     backbone = load_backbone(f"local-dir:{CHECKPOINT}")
     steps = ladder()
