@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from spa_fast import GaussianBank, spa_scores, topk_patches
-from spa_fast.cil.backbone import load_backbone
 from spa_fast.cil.data.cache import FeatureCache
 from spa_fast.cil.data.datasets import read_image_folders
 from spa_fast.cil.data.order import class_order, split_tasks
 from spa_fast.cil.descriptions.schema import read_descriptions
+from spa_fast.cil.loading import load_backbone
 from spa_fast.cil.projectors import ProjectorBank
 
 INCREMENT, EPOCHS, BATCH, K, REPLAY, LOCAL = 10, 10, 64, 16, 4, 0.3

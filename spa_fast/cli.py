@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from spa_fast.cil.errors import RunError
-from spa_fast.cil.experiment import RunConfig
+from spa_fast.cil.run_config import RunConfig
 
 
 def say(line: str) -> None:
@@ -27,7 +29,7 @@ def train(config: OmitArgPrefixes[RunConfig], out: Path) -> None:
         config: settings of the run.
         out: run folder; must not exist or be empty.
     """
-    from spa_fast.cil.experiment import train as run
+    from spa_fast.cil.train import train as run
 
     run(config, out, say)
 
@@ -85,7 +87,7 @@ def env() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; bad input is one line on standard error and exit code 2."""
+    """Run a command; bad input is one line on standard error and exit code 2, a failing disk 3."""
     commands: dict[str, Callable[..., None]] = {
         "train": train,
         "eval": evaluate,
@@ -93,15 +95,27 @@ def main(argv: list[str] | None = None) -> int:
         "demo": demo,
         "env": env,
     }
+    # A terminated run cleans up like an interrupted one.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="spa-fast", args=argv)
     except RunError as error:
-        sys.stderr.write(f"spa-fast: error: {' '.join(str(error).split())}\n")
-        return 2
+        return _refuse(error, 2)
+    except BrokenPipeError:
+        # Whoever read our output has gone; say nothing more, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _refuse(error, 3)
     except KeyboardInterrupt:
-        sys.stderr.write("spa-fast: interrupted; nothing was written\n")
+        sys.stderr.write("spa-fast: interrupted; an unfinished run folder was removed\n")
         return 130
     return 0
+
+
+def _refuse(error: Exception, code: int) -> int:
+    sys.stderr.write(f"spa-fast: error: {' '.join(str(error).split())}\n")
+    return code
 
 
 if __name__ == "__main__":

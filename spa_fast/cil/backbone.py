@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from spa_fast.cil.errors import RunError, did_you_mean
-from spa_fast.cil.open_clip_import import import_open_clip
+from spa_fast.cil.errors import RunError
 
 PatchSource = Literal["value_path", "last_ln_proj", "penultimate", "vv_attention"]
 Transform = Literal["openclip", "lamda"]
-
-# The demo's text tower uses a small vocabulary of its own, kept beside its weights.
-VOCABULARY = "bpe_vocab.txt.gz"
 
 
 class Backbone:
@@ -31,7 +25,10 @@ class Backbone:
         preprocess: PIL image -> float tensor [3, H, W].
         tokenizer: list of strings -> int64 [n, context].
         name: how the user named it; stored with every result.
-        device: where the encoders run.
+        device: where the encoders run; what they return is on the CPU.
+
+    Attributes:
+        fingerprint: SHA-256 of weights, architecture and preprocessing: equal ones give equal features.
     """
 
     def __init__(
@@ -56,7 +53,7 @@ class Backbone:
         self.width = int(visual.proj.shape[1])
         self.n_patches = int(visual.positional_embedding.shape[0]) - 1
         self.logit_scale = float(model.logit_scale.detach().exp())
-        self.weights_hash = _weights_hash(model)
+        self.fingerprint = _fingerprint(model, preprocess)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, source: PatchSource = "value_path") -> tuple[Tensor, Tensor]:
@@ -87,7 +84,7 @@ class Backbone:
         else:
             tokens = last_values(block, seen["before"], mix=source == "vv_attention")
         patches = visual.ln_post(tokens[:, 1:]) @ visual.proj
-        return pooled.float(), patches.float()
+        return pooled.float().cpu(), patches.float().cpu()
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -95,7 +92,8 @@ class Backbone:
         if not texts:
             return torch.zeros(0, self.width)
         batches = [list(texts[i : i + 256]) for i in range(0, len(texts), 256)]
-        return torch.cat([self.model.encode_text(self.tokenizer(b).to(self.device)).float() for b in batches])
+        features = [self.model.encode_text(self.tokenizer(b).to(self.device)) for b in batches]
+        return torch.cat(features).float().cpu()
 
     @torch.no_grad()
     def encode_words(self, texts: Sequence[str], limit: int) -> list[Tensor]:
@@ -126,7 +124,7 @@ class Backbone:
             if len(word) > limit:
                 closest = F.cosine_similarity(word, end[None], dim=-1).topk(limit).indices
                 word = word[closest.sort().values]
-            words.append(word)
+            words.append(word.cpu())
         return words
 
 
@@ -142,102 +140,10 @@ def last_values(block: Any, x: Tensor, mix: bool) -> Tensor:
     return F.linear(value, attn.out_proj.weight, attn.out_proj.bias)
 
 
-def load_backbone(name: str, *, transform: Transform = "openclip", device: str = "cpu") -> Backbone:
-    """Load a frozen backbone.
-
-    Args:
-        name: `local-dir:FOLDER` (an open_clip folder), `config:FILE` (an open_clip model config, random
-            weights from seed 0, for tests) or `MODEL/PRETRAINED` as open_clip lists them, for example
-            `ViT-B-16/laion400m_e32`.
-        transform: `openclip` uses the model's own preprocessing; `lamda` squashes to a square without keeping
-            the aspect ratio, as LAMDA-style repositories do.
-        device: torch device string.
-
-    Raises:
-        RunError: unknown name, missing folder or file, image tower without patch tokens.
-    """
-    if transform not in get_args(Transform):
-        raise RunError(f"transform: expected one of {get_args(Transform)}, got {transform!r}")
-    _check_device(device)
-    kind, _, rest = name.partition(":")
-    if kind == "local-dir":
-        _check_folder(name, Path(rest))
-    elif kind == "config" and not Path(rest).is_file():
-        raise RunError(f"backbone {name!r}: no such file: {rest}")
-    open_clip = import_open_clip()
-    if kind == "local-dir":
-        model, _, preprocess = open_clip.create_model_and_transforms(name)
-        tokenizer = _local_tokenizer(open_clip, name, Path(rest))
-    elif kind == "config":
-        config = json.loads(Path(rest).read_text())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = open_clip.CLIP(**config.get("model_cfg", config))
-        model.visual.preprocess_cfg = {"size": model.visual.image_size}
-        preprocess = _preprocess(open_clip, model.visual, "shortest")
-        tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
-    else:
-        arch, _, tag = name.partition("/")
-        if arch not in open_clip.list_models():
-            hint = did_you_mean(arch, open_clip.list_models())
-            raise RunError(f"backbone {name!r}: expected local-dir:FOLDER or MODEL/PRETRAINED{hint}")
-        tags = open_clip.list_pretrained_tags_by_model(arch)
-        if tag not in tags:
-            raise RunError(
-                f"backbone {arch!r}: unknown weights {tag!r}, expected one of {', '.join(tags) or 'none'}"
-            )
-        try:
-            model, _, preprocess = open_clip.create_model_and_transforms(arch, pretrained=tag)
-        except (OSError, RuntimeError) as error:
-            raise RunError(f"backbone {name!r}: weights could not be loaded: {_first_line(error)}") from error
-        tokenizer = open_clip.get_tokenizer(arch)
-    if transform == "lamda":
-        preprocess = _preprocess(open_clip, model.visual, "squash")
-    return Backbone(model, preprocess, tokenizer, name, device)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device: {device!r} cannot be used here: {_first_line(error)}") from error
-
-
-def _check_folder(name: str, folder: Path) -> None:
-    if not folder.is_dir():
-        raise RunError(f"backbone {name!r}: no such folder: {folder}")
-    if not (folder / "open_clip_config.json").is_file():
-        raise RunError(f"backbone {name!r}: {folder} has no open_clip_config.json")
-    if not any(folder.glob("open_clip_*.safetensors")) and not any(folder.glob("*.safetensors")):
-        raise RunError(f"backbone {name!r}: {folder} has no .safetensors weights")
-
-
-def _local_tokenizer(open_clip: Any, name: str, folder: Path) -> Callable[[list[str]], Tensor]:
-    vocabulary = folder / VOCABULARY
-    if not vocabulary.is_file():
-        tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)
-        return tokenizer
-    text = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
-    small: Callable[[list[str]], Tensor] = open_clip.SimpleTokenizer(
-        bpe_path=str(vocabulary), context_length=text.get("context_length", 77)
-    )
-    return small
-
-
-def _preprocess(open_clip: Any, visual: Any, resize_mode: str) -> Callable[[Image.Image], Tensor]:
-    """The model's own mean, standard deviation and size, with the aspect ratio kept or not."""
-    cfg = open_clip.transform.PreprocessCfg(**{**visual.preprocess_cfg, "resize_mode": resize_mode})
-    preprocess: Callable[[Image.Image], Tensor] = open_clip.transform.image_transform_v2(cfg, False)
-    return preprocess
-
-
-def _weights_hash(model: nn.Module) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(model: Any, preprocess: object) -> str:
+    heads = [block.attn.num_heads for block in model.visual.transformer.resblocks]
+    digest = hashlib.sha256(f"{model!r} {heads} {preprocess!r}".encode())
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

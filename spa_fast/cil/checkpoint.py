@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,36 +22,42 @@ FORMAT = "spa_fast.run/1"
 
 
 @contextmanager
-def new_run_folder(out: Path, replace: bool = False) -> Iterator[Path]:
+def new_run_folder(out: Path, replaceable: Collection[str] = ()) -> Iterator[Path]:
     """A folder to write a run into: renamed to `out` when the block ends well, removed when it does not.
 
-    With `replace` an earlier run in `out` (a folder with results.json) gives way.
+    It is `.NAME.partial` beside `out`, which also keeps a second run from the same `out`.
+
+    Args:
+        out: the run folder to be.
+        replaceable: an earlier `out` gives way if it holds files of these names and nothing else.
 
     Raises:
-        RunError: `out` exists and is not an empty folder, or cannot be made.
+        RunError: `out` exists and may not be replaced, cannot be made, or is being written by another run.
     """
-    replace = replace and (out / "results.json").is_file()
-    if not replace:
-        check_out(out)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    out = out.resolve()
+    check_out(out, replaceable)
+    partial, earlier = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.earlier")
     try:
         partial.mkdir(parents=True)
+    except FileExistsError as error:
+        raise RunError(
+            f"--out: {partial} exists: another run is writing to {out}, or one was killed; then remove it"
+        ) from error
     except OSError as error:
         raise RunError(f"--out: {out.parent}: cannot write: {error}") from error
     try:
         yield partial
-        if replace:
-            shutil.rmtree(out)
-        elif out.is_dir():
-            out.rmdir()
+        if out.is_dir():
+            out.rename(earlier)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, replaceable: Collection[str] = ()) -> None:
     """Refuse a run folder that would overwrite something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and all(p.name in replaceable for p in out.iterdir())):
         raise RunError(f"--out: {out} exists and is not an empty folder; choose another or remove it")
 
 

@@ -76,15 +76,17 @@ class SpaConfig:
     description_loss_weight: float = 0.0
     """Weight of a contrast of class prompts against their descriptions (lambda_2)."""
     loss: Literal["separate", "joint"] = "separate"
-    """Cross-entropy on each branch, or one on the fused logits."""
+    """Cross-entropy on each branch, or one on the fused logits (drawn features stay global then)."""
     logit_scale_mode: Literal["exp", "raw"] = "exp"
     """Factor of the cosine logits: the backbone's exp(logit_scale), 100 for CLIP, or logit_scale itself."""
 
     # Gaussian pseudo-features
     statistics: Literal["raw", "normalized"] = "raw"
-    """Space in which class Gaussians are fitted."""
+    """Space in which class Gaussians are fitted: joint features as they are, or at norm 1."""
     covariance: Literal["full", "diag", "lowrank", "shared"] = "full"
     """Form of the class covariances."""
+    shrink: bool = False
+    """Add the average variance to the diagonal and the average covariance to the rest."""
     ridge: float = 1e-4
     """Constant added to the diagonal of every covariance."""
     pseudo_per_class: int = 4
@@ -108,29 +110,31 @@ class SpaConfig:
     batch_size: int = 64
     """Images per step."""
     lr: float = 0.05
-    """Initial learning rate, cosine to 0 over the epochs of a task."""
+    """Initial learning rate."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """Per epoch: cosine to 0 over a task, or a tenth after 40 % and again after 75 % of its epochs."""
     momentum: float = 0.9
     """SGD momentum."""
     weight_decay: float = 0.05
     """Weight decay of the trained projectors."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), hints[field.name])
+        check_types(self)
         for name in ("exemplars", "n_descriptions", "word_limit", "k", "max_iter", "epochs", "batch_size"):
-            _at_least(self, name, 1)
+            check_range(self, name, 1)
         for name in ("pseudo_per_class", "pseudo_classes", "local_pseudo_per_class", "tol", "fusion_weight"):
-            _at_least(self, name, 0)
-        for name in ("local_loss_weight", "description_loss_weight", "momentum", "weight_decay"):
-            _at_least(self, name, 0)
+            check_range(self, name, 0)
+        for name in ("local_loss_weight", "description_loss_weight", "weight_decay"):
+            check_range(self, name, 0)
+        check_range(self, "momentum", 0, 1)
         for name in ("eps", "lr", "ridge", "isotropic_std"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise RunError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if "{description}" not in self.description_template:
-            raise RunError(
-                f"description_template: expected '{{description}}' in it, got {self.description_template!r}"
-            )
+            got = self.description_template
+            raise RunError(f"description_template: expected '{{description}}' in it, got {got!r}")
+        if self.loss == "joint" and (self.fusion_weight == 0 or self.project_patches == "none"):
+            raise RunError("loss: 'joint' needs a fusion_weight above 0 and projected patches")
 
     @property
     def local_branch(self) -> bool:
@@ -144,27 +148,45 @@ class SpaConfig:
         Raises:
             RunError: unknown key, wrong type or value out of range.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise RunError(f"config: unknown key {key!r}{did_you_mean(key, known)}")
+        check_keys(cls, values)
         return cls(**values)
+
+
+def check_keys(cls: Any, values: Mapping[str, Any]) -> None:
+    """Refuse keys that are no field of the dataclass `cls`."""
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            raise RunError(f"config: unknown key {key!r}{did_you_mean(key, known)}")
+
+
+def check_types(config: Any) -> None:
+    """Refuse values of a dataclass that are not of their field's type or choices."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        _check_type(field.name, getattr(config, field.name), hints[field.name])
+
+
+def check_range(config: Any, name: str, least: float, below: float = float("inf")) -> None:
+    """Refuse a field outside least <= value < below."""
+    value = getattr(config, name)
+    if not least <= value < below:
+        limit = " and finite" if below == float("inf") else f" and below {below:g}"
+        raise RunError(f"{name}: expected at least {least:g}{limit}, got {value}")
 
 
 def _check_type(name: str, value: object, hint: Any) -> None:
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise RunError(f"{name}: expected one of {', '.join(get_args(hint))}, got {value!r}")
-    elif hint is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-            raise RunError(f"{name}: expected a number, got {value!r}")
-    elif hint is int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise RunError(f"{name}: expected a whole number, got {value!r}")
-    elif not isinstance(value, hint):
-        raise RunError(f"{name}: expected {hint.__name__}, got {value!r}")
-
-
-def _at_least(config: SpaConfig, name: str, least: int) -> None:
-    if not getattr(config, name) >= least:
-        raise RunError(f"{name}: expected at least {least}, got {getattr(config, name)}")
+            hint_text = did_you_mean(str(value), get_args(hint))
+            raise RunError(f"{name}: expected one of {', '.join(get_args(hint))}, got {value!r}{hint_text}")
+        return
+    if get_origin(hint) is tuple:
+        if not isinstance(value, tuple) or not all(isinstance(v, str) for v in value):
+            raise RunError(f"{name}: expected texts, got {value!r}")
+        return
+    allowed = {float: (int, float), int: (int,)}.get(hint, hint)
+    number = hint in (float, int)
+    if not isinstance(value, allowed) or (number and isinstance(value, bool)) or value != value:
+        kind = {float: "a number", int: "a whole number", bool: "True or False"}.get(hint, str(hint))
+        raise RunError(f"{name}: expected {kind}, got {value!r}")

@@ -15,7 +15,7 @@ def read_json(path: Path, argument: str) -> object:
         RunError: naming the argument and the file.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
     except FileNotFoundError as error:
         raise RunError(f"{argument}: no such file: {path}") from error
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spa_fast.cil.backbone import load_backbone
+from spa_fast.cil.loading import load_backbone
 
 CLASSES = ("amber", "blue", "coral", "dark_red", "emerald", "fuchsia", "gold")
 COLOURS = (

@@ -4,6 +4,7 @@ import torch
 from spa_fast.cil.data.cache import FeatureCache
 from spa_fast.cil.data.datasets import read_image_folders
 from spa_fast.cil.errors import RunError
+from spa_fast.cil.loading import load_backbone
 
 
 @pytest.fixture
@@ -48,12 +49,33 @@ def test_a_changed_image_or_a_broken_shard_is_extracted_again(cache, monkeypatch
     assert not list(cache.folder.glob("*.partial"))
 
 
-def test_other_settings_do_not_share_shards(cache, colours):
+def test_a_flipped_bit_is_found_and_extracted_again(cache, monkeypatch):
+    whole = cache.load("test", 1).globals.clone()
+    [shard] = cache.folder.glob("test-0001-*")
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 0x40
+    shard.write_bytes(content)
+    later = FeatureCache(cache.folder.parents[1], cache.data, cache.backbone)
+    calls = encoder_calls(later, monkeypatch)
+    assert torch.equal(later.load("test", 1).globals, whole)
+    assert len(calls) == 1
+
+
+def test_other_settings_do_not_share_shards(cache, backbone_config):
     other = FeatureCache(cache.folder.parents[1], cache.data, cache.backbone, source="last_ln_proj")
+    squash = load_backbone(f"config:{backbone_config}", transform="lamda")
+    squashed = FeatureCache(cache.folder.parents[1], cache.data, squash)
     cache.load("train", 0)
-    assert len(other.missing()) == 7 * 9
-    squashed = FeatureCache(cache.folder.parents[1], cache.data, cache.backbone, transform="lamda")
-    assert squashed.folder != cache.folder
+    assert len(other.missing()) == len(squashed.missing()) == 7 * 9
+
+
+def test_a_folder_that_cannot_be_written_is_refused_early(cache, tmp_path):
+    (tmp_path / "file").write_text("")
+    blocked = FeatureCache(tmp_path / "file", cache.data, cache.backbone)
+    with pytest.raises(RunError, match=r"--cache: .*cannot write"):
+        blocked.check_writable()
+    with pytest.raises(RunError, match=r"--cache: .*cannot write"):
+        blocked.load("train", 0)
 
 
 def test_an_image_that_breaks_later_is_named_and_leaves_no_shard(cache):

@@ -194,11 +194,97 @@ def test_no_descriptions_at_all(capsys, colours, backbone_config, tmp_path):
         (("--templates", "a photo."), ("--templates", "{}")),
         (("--lr", "1e30", "--epochs", "9"), ("lower --lr",)),
         (("--device", "warp9"), ("--device", "warp9")),
+        (("--device", "meta"), ("--device", "cpu or cuda")),
+        (("--fusion-weight", "inf"), ("fusion_weight:", "finite")),
+        (("--momentum", "1"), ("momentum:", "below 1")),
+        (("--order-seed", "-1"), ("order_seed:", "-1")),
+        (("--loss", "joint", "--fusion-weight", "0"), ("loss:", "joint")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value[0], str) and value[0].startswith("--") else "",
 )
 def test_refused_arguments(attempt, extra, words):
     attempt(*extra, words=words)
+
+
+@pytest.mark.parametrize("template", ["a {} {x}", "{} {", "{} {0} }", "{:d} {}", "100 % {}"])
+def test_braces_in_templates_are_only_text(colours, backbone_config, tmp_path, template):
+    args = train_args(colours, backbone_config, tmp_path / "r", "--templates", template)
+    assert main([*args, "--description-template", "{description} {name.x} {"]) == 0
+
+
+def test_a_folder_that_cannot_be_written(colours, backbone_config, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    refused(capsys, train_args(colours, backbone_config, tmp_path / "file" / "r"), "--out", "file")
+    cache = ("--cache", str(tmp_path / "file"))
+    refused(capsys, train_args(colours, backbone_config, tmp_path / "r", *cache), "--cache", "file")
+    assert not (tmp_path / "r").exists()
+
+
+def test_out_may_be_a_link_or_the_current_folder(colours, backbone_config, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert main(train_args(colours, backbone_config, tmp_path / "link")) == 0
+    assert (tmp_path / "real" / "results.json").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(train_args(colours, backbone_config, ".")) == 0
+    assert (tmp_path / "here" / "results.json").is_file()
+
+
+def test_two_runs_into_one_folder(colours, backbone_config, tmp_path, capsys):
+    (tmp_path / ".r.partial").mkdir()
+    refused(capsys, train_args(colours, backbone_config, tmp_path / "r"), "--out", "another run")
+    assert (tmp_path / ".r.partial").is_dir()
+
+
+def test_a_run_is_found_from_another_folder(colours, backbone_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(colours[0].parent)
+    args = train_args((colours[0].name, colours[1].name), backbone_config, tmp_path / "r")
+    assert main(args) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["eval", str(tmp_path / "r")]) == 0
+
+
+def test_another_backbone_is_refused(finished, backbone_config, capsys):
+    config = json.loads(backbone_config.read_text())
+    changed = backbone_config.with_name("changed.json")
+    changed.write_text(json.dumps({**config, "quick_gelu": True}))
+    run = finished / "run.json"
+    run.write_text(run.read_text().replace(backbone_config.name, changed.name))
+    refused(capsys, ["eval", str(finished)], "not the backbone it was trained with")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"method": "simplecil"}, "did you mean 'simple_cil'?"),
+        ({"increment": "2"}, "increment"),
+        ({"data": None}, "data"),
+        ({"backbone": 3}, "backbone"),
+        ({"templates": [1]}, "templates"),
+        ({"spa": None}, "expected an object"),
+        ({"zero_shot_texts": "zz"}, "zero_shot_texts"),
+    ],
+)
+def test_wrong_types_in_a_run_are_named(finished, capsys, change, word):
+    run = finished / "run.json"
+    document = json.loads(run.read_text())
+    document["config"].update(change)
+    run.write_text(json.dumps(document))
+    refused(capsys, ["eval", str(finished)], word)
+
+
+def test_names_must_fit_the_learned_classes(finished, capsys):
+    run = finished / "run.json"
+    document = json.loads(run.read_text())
+    run.write_text(json.dumps({**document, "names": document["names"][:3]}))
+    refused(capsys, ["eval", str(finished)], "7 classes learnt, 3 names")
+
+
+def test_predict_arguments(finished, capsys):
+    refused(capsys, ["predict", str(finished)], "at least one image")
+    refused(capsys, ["predict", str(finished), "x.png", "--top", "0"], "--top")
 
 
 def test_a_finished_run_is_not_overwritten(finished, colours, backbone_config, capsys):

@@ -23,7 +23,7 @@ def test_unknown_key_gets_a_hint():
         ({"eps": -1.0}, "eps"),
         ({"eps": float("nan")}, "eps"),
         ({"eps": float("inf")}, "eps"),
-        ({"k": 0}, "k: expected at least 1, got 0"),
+        ({"k": 0}, "k: expected at least 1 and finite, got 0"),
         ({"k": 2.5}, "k: expected a whole number"),
         ({"k": True}, "k: expected a whole number"),
         ({"tol": -1e-3}, "tol"),

@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from spa_fast.cil.data.datasets import check_images, read_image_folders
+from spa_fast.cil.data.datasets import check_images, read_image, read_image_folders
 from spa_fast.cil.errors import RunError
 
 CLASSES = ("amber", "blue", "coral", "dark_red", "emerald", "fuchsia", "gold")
@@ -63,7 +63,7 @@ def test_classnames(colours, tmp_path):
     with pytest.raises(RunError, match=r"no name for folder 'coral'; did you mean 'corral'\?"):
         read_image_folders(root, file)
     file.write_text(json.dumps(dict.fromkeys(CLASSES, "same")))
-    with pytest.raises(RunError, match="more than one folder: same"):
+    with pytest.raises(RunError, match="class name 'same' stands for amber, blue"):
         read_image_folders(root, file)
     file.write_text('{"amber": "a", "amber": "b"}')
     with pytest.raises(RunError, match="duplicate key 'amber'"):
@@ -80,3 +80,43 @@ def test_unreadable_image_is_named(tmp_path, content):
     path.write_bytes(path.read_bytes()[:200] if content is None else content)
     with pytest.raises(RunError, match=r"unreadable image: .*broken\.jpg"):
         check_images([path])
+
+
+def test_images_come_upright_and_in_rgb(tmp_path):
+    upright = Image.new("RGB", (4, 2), "red")
+    upright.putpixel((0, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees to see it upright
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    assert read_image(tmp_path / "turned.png").tobytes() == upright.tobytes()
+    for mode in ("1", "L", "P", "LA", "RGBA", "CMYK"):
+        path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
+        Image.new(mode, (3, 3)).save(path)
+        assert read_image(path).mode == "RGB"
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_deep_pixels_are_refused_rather_than_clipped(tmp_path, mode):
+    Image.new(mode, (4, 4)).save(tmp_path / "deep.tiff")
+    for read in (read_image, lambda path: check_images([path])):
+        with pytest.raises(RunError, match=r"deep\.tiff: pixels of mode"):
+            read(tmp_path / "deep.tiff")
+
+
+def test_two_folders_of_one_name(colours):
+    for split in ("train", "test"):
+        (colours[0] / split / "gold").rename(colours[0] / split / "dark red")
+    with pytest.raises(RunError, match="class name 'dark red' stands for dark red, dark_red"):
+        read_image_folders(colours[0])
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "image", "folder.png/inner.png", "dangling.jpg"])
+def test_nothing_in_a_class_is_skipped_silently(colours, name):
+    path = colours[0] / "train" / "gold" / name
+    if name == "dangling.jpg":
+        path.symlink_to("nowhere.jpg")
+    else:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    with pytest.raises(RunError, match="not an image file"):
+        read_image_folders(colours[0])

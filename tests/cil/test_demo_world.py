@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from spa_fast.cil.backbone import Backbone, load_backbone
+from spa_fast.cil.backbone import Backbone
 from spa_fast.cil.demo import train_clip, world
 from spa_fast.cil.demo.creatures import SIZE, render_with_places
 from spa_fast.cil.demo.vocabulary import ATTRIBUTES, PARTS, TEMPLATES, random_attributes, write_vocabulary
+from spa_fast.cil.loading import load_backbone
 from spa_fast.cil.open_clip_import import import_open_clip
 
 TINY_CLIP = Path(world.__file__).parent / "tiny_clip"

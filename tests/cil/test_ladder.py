@@ -2,7 +2,9 @@ import json
 
 import pytest
 
-from spa_fast.cil.demo.ladder import ladder, run_demo
+from spa_fast.cil.checkpoint import new_run_folder
+from spa_fast.cil.demo.ladder import FILES, ladder, run_demo
+from spa_fast.cil.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +38,21 @@ def test_no_step_saturates_and_pseudo_features_matter(demo):
     assert full["average"] > rows["zero-shot by name"]["average"] + 30
 
 
-def test_an_earlier_demo_is_replaced_but_nothing_else(demo, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(Exception, match="not an empty folder"):
-        run_demo(tmp_path / "mine", range(1), lambda line: None)
-    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+@pytest.mark.parametrize("name", ["notes.txt", "model.safetensors"])
+def test_only_an_earlier_demo_is_replaced(tmp_path, name):
+    (tmp_path / "results.json").write_text("{}")
+    with new_run_folder(tmp_path, replaceable=FILES) as folder:
+        (folder / "curve.png").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["curve.png"]
+    (tmp_path / name).write_text("keep")
+    with pytest.raises(RunError, match="not an empty folder"):
+        run_demo(tmp_path, range(1), lambda line: None)
+    assert (tmp_path / name).read_text() == "keep"
+
+
+def test_an_earlier_demo_survives_a_failing_one(tmp_path):
+    (tmp_path / "results.json").write_text("old")
+    with pytest.raises(KeyboardInterrupt), new_run_folder(tmp_path, replaceable=FILES):
+        raise KeyboardInterrupt
+    assert (tmp_path / "results.json").read_text() == "old"
+    assert not list(tmp_path.parent.glob(".*.partial"))

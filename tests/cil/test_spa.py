@@ -5,9 +5,10 @@ import torch
 
 from spa_fast.cil.config import SpaConfig
 from spa_fast.cil.errors import RunError
-from spa_fast.cil.experiment import RunConfig, make_method, prepare
+from spa_fast.cil.experiment import make_method, prepare
 from spa_fast.cil.loop import evaluate, run_tasks
 from spa_fast.cil.methods.spa import Spa
+from spa_fast.cil.run_config import RunConfig
 
 QUICK = SpaConfig(k=4, epochs=2, batch_size=8, lr=0.01)
 
@@ -18,7 +19,7 @@ def run(colours, backbone, tmp_path, spa=QUICK, **changes):
     )
     experiment = prepare(config, tmp_path / "cache", backbone)
     torch.manual_seed(config.seed)
-    method = make_method(config, backbone.width, backbone.logit_scale)
+    method = make_method(config, backbone)
     return experiment, method, run_tasks(experiment.stream, method)
 
 
@@ -71,6 +72,8 @@ def test_same_seed_same_bits(colours, backbone, tmp_path):
         {"local_replay": "patches"},
         {"optimizer": "adamw", "lr": 1e-3},
         {"decay_old_projectors": True},
+        {"shrink": True},
+        {"schedule": "step"},
         {"exemplar_selection": "herding", "exemplars": 3},
         {"n_descriptions": 1},
     ],
@@ -79,7 +82,7 @@ def test_same_seed_same_bits(colours, backbone, tmp_path):
 def test_every_choice_runs_and_restores(colours, backbone, tmp_path, changes):
     experiment, method, outcome = run(colours, backbone, tmp_path, dataclasses.replace(QUICK, **changes))
     assert len(outcome.matrix.rows) == 3
-    fresh = make_method(experiment.config, backbone.width, backbone.logit_scale)
+    fresh = make_method(experiment.config, backbone)
     fresh.load_state_dict(method.state_dict())
     assert evaluate(experiment.stream, fresh, 2) == evaluate(experiment.stream, method, 2)
 
@@ -131,6 +134,48 @@ def test_a_loss_that_is_not_finite_stops_the_run(colours, backbone, tmp_path):
     for spa in (QUICK, dataclasses.replace(QUICK, fusion_weight=0.0, local_loss_weight=0.0)):
         with pytest.raises(RunError, match=r"task \d, epoch \d: .* lower --lr \(1e\+30\)"):
             run(colours, backbone, tmp_path, dataclasses.replace(spa, lr=1e30, epochs=9))
+
+
+def test_divergence_in_the_last_step_is_seen(colours, backbone, tmp_path):
+    spa = dataclasses.replace(
+        QUICK,
+        projector="identity_first",
+        lr=1e3,
+        weight_decay=1e38,
+        epochs=1,
+        batch_size=64,
+        fusion_weight=0.0,
+        local_loss_weight=0.0,
+        projector="identity_first",
+        lr=1e3,
+        weight_decay=1e38,
+        epochs=1,
+        batch_size=64,
+        fusion_weight=0.0,
+        local_loss_weight=0.0,
+    )
+    with pytest.raises(RunError, match="diverge"):
+        run(colours, backbone, tmp_path, spa, seed=3)
+
+
+def test_explain_refuses_what_it_cannot_show(colours, backbone, tmp_path):
+    for changes, message in (
+        ({"solver": "uniform"}, "aligns by 'uniform'"),
+        ({"fusion_weight": 0.0, "local_loss_weight": 0.0}, "no local branch"),
+    ):
+        experiment, method, _ = run(colours, backbone, tmp_path, dataclasses.replace(QUICK, **changes))
+        patches = experiment.cache.load("test", experiment.order[2]).patches[0]
+        with pytest.raises(RunError, match=message):
+            method.explain(patches, 2)
+
+
+def test_explain_shows_what_an_unconditional_selection_keeps(colours, backbone, tmp_path):
+    spa = dataclasses.replace(QUICK, class_conditional=False)
+    experiment, method, _ = run(colours, backbone, tmp_path, spa)
+    patches = experiment.cache.load("test", experiment.order[2]).patches[0]
+    kept = method.local.select(patches[None], method.seen_texts()).indices[0]
+    for label in (0, 5):
+        assert torch.equal(method.explain(patches, label).kept, kept[label])
 
 
 def test_explain_names_patches_and_a_plan(colours, backbone, tmp_path):

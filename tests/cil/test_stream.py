@@ -1,11 +1,15 @@
 """No image, label or text of a future class may be read: traps are set and must stay shut."""
 
+import dataclasses
+
 import pytest
 import torch
 from PIL import Image
 
-from spa_fast.cil.experiment import RunConfig, make_method, prepare
+from spa_fast.cil.config import SpaConfig
+from spa_fast.cil.experiment import make_method, prepare
 from spa_fast.cil.loop import run_tasks
+from spa_fast.cil.run_config import RunConfig
 
 
 @pytest.fixture
@@ -17,14 +21,22 @@ def experiment(colours, backbone, tmp_path):
 
 
 @pytest.mark.parametrize("method_name", ["spa", "zero_shot", "simple_cil"])
-def test_nothing_of_the_future_is_read(experiment, method_name, monkeypatch):
-    config, stream, data = experiment.config, experiment.stream, experiment.data
-    opened, texts = [], []
-    real_open, real_texts = Image.open, experiment.backbone.encode_texts
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real_open(path))
-    monkeypatch.setattr(
-        experiment.backbone, "encode_texts", lambda lines: texts.extend(lines) or real_texts(lines)
+@pytest.mark.parametrize("tokens", ["sentence_eos", "token_level"])
+def test_nothing_of_the_future_is_read(colours, backbone, tmp_path, method_name, tokens, monkeypatch):
+    config = RunConfig(
+        data=colours[0],
+        backbone=backbone.name,
+        descriptions=colours[1],
+        increment=3,
+        order_seed=5,
+        spa=SpaConfig(k=4, epochs=1, semantic_tokens=tokens),
     )
+    experiment = prepare(config, tmp_path / "cache", backbone)
+    stream, data = experiment.stream, experiment.data
+    opened, texts = [], []
+    real_open, real_tokenizer = Image.open, backbone.tokenizer
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real_open(path))
+    monkeypatch.setattr(backbone, "tokenizer", lambda lines: texts.extend(lines) or real_tokenizer(lines))
     stages = []
 
     def check(outcome):
@@ -38,9 +50,7 @@ def test_nothing_of_the_future_is_read(experiment, method_name, monkeypatch):
         assert not [t for t in texts for folder in future if folder.replace("_", " ") in t]
         stages.append(stage)
 
-    method = make_method(
-        RunConfig(**{**vars(config), "method": method_name}), experiment.backbone.width, 20.0
-    )
+    method = make_method(dataclasses.replace(config, method=method_name), experiment.backbone)
     run_tasks(stream, method, check)
     assert stages == [0, 1, 2]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from spa_fast.cil.backbone import Backbone, PatchSource, Transform
-from spa_fast.cil.data.datasets import ImageFolders, Split
+from spa_fast.cil.backbone import Backbone, PatchSource
+from spa_fast.cil.data.datasets import ImageFolders, Split, read_image
 from spa_fast.cil.errors import RunError
 
 # Changed when the content or meaning of a shard changes.
@@ -37,16 +38,22 @@ class Features:
     def __len__(self) -> int:
         return len(self.globals)
 
+    def sha256(self) -> str:
+        """Checksum of the content."""
+        digest = hashlib.sha256()
+        for tensor in (self.globals, self.patches):
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
 
 class FeatureCache:
     """Features by (split, class), extracted when first asked for.
 
     Args:
-        folder: where shards live; one sub-folder per (weights, transform, patch source, format).
+        folder: where shards live; one sub-folder per (backbone, patch source, format).
         data: the image folders.
         backbone: the frozen encoder.
         source: where patch tokens leave the image tower.
-        transform: name of the preprocessing the backbone was loaded with.
         batch: images per encoder call.
     """
 
@@ -57,18 +64,16 @@ class FeatureCache:
         backbone: Backbone,
         *,
         source: PatchSource = "value_path",
-        transform: Transform = "openclip",
         batch: int = 64,
     ) -> None:
-        key = hashlib.sha256(f"{backbone.weights_hash}|{transform}|{source}|{FORMAT}".encode()).hexdigest()[
-            :16
-        ]
+        key = hashlib.sha256(f"{backbone.fingerprint}|{source}|{FORMAT}".encode()).hexdigest()[:16]
         where = hashlib.sha256(str(data.root.resolve()).encode()).hexdigest()[:8]
         self.folder = folder / f"{_slug(data.root.name)}-{where}" / key
         self.data = data
         self.backbone = backbone
         self.source = source
         self.batch = batch
+        self._verified: set[Path] = set()
 
     def missing(self) -> list[Path]:
         """Images without a valid shard, all splits."""
@@ -93,11 +98,18 @@ class FeatureCache:
         return self.folder / f"{split}-{index:04d}-{_slug(self.data.folders[index])}.safetensors"
 
     def _valid(self, shard: Path, images: Sequence[Path]) -> bool:
-        if not shard.is_file():
-            return False
+        """Whether the shard holds these images' features, whole: its checksum is read once a process."""
         try:
             with safe_open(shard, framework="pt") as tensors:
-                return bool((tensors.metadata() or {}).get("images") == _signature(images))
+                metadata = tensors.metadata() or {}
+                if metadata.get("images") != _signature(images):
+                    return False
+                if shard not in self._verified:
+                    stored = Features(tensors.get_tensor("globals"), tensors.get_tensor("patches"))
+                    if metadata.get("sha256") != stored.sha256():
+                        return False
+                    self._verified.add(shard)
+                return True
         except (SafetensorError, OSError):
             return False
 
@@ -105,36 +117,43 @@ class FeatureCache:
         globals_, patches = [], []
         batches = [images[i : i + self.batch] for i in range(0, len(images), self.batch)]
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            for paths in tqdm(
-                batches, desc=f"features {what}", unit="batch", leave=False, disable=len(batches) < 8
-            ):
+            bar = tqdm(batches, desc=f"features {what}", leave=False, disable=len(batches) < 8)
+            for paths in bar:
                 pixels = torch.stack(list(pool.map(self._pixels, paths)))
                 whole, parts = self.backbone.encode_images(pixels, self.source)
-                globals_.append(whole.cpu())
-                patches.append(parts.half().cpu())
+                globals_.append(whole)
+                patches.append(parts.half())
         return Features(torch.cat(globals_), torch.cat(patches))
 
     def _pixels(self, path: Path) -> Tensor:
+        return self.backbone.preprocess(read_image(path))
+
+    def check_writable(self) -> None:
+        """Refuse early a folder that cannot take shards.
+
+        Raises:
+            RunError: naming the folder.
+        """
         try:
-            with Image.open(path) as image:
-                return self.backbone.preprocess(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise RunError(f"unreadable image: {path}: {error}") from error
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise RunError(f"--cache: {self.folder}: cannot write: {error}") from error
 
     def _write(self, shard: Path, features: Features, images: Sequence[Path]) -> None:
-        shard.parent.mkdir(parents=True, exist_ok=True)
         partial = shard.with_name(f"{shard.name}.{os.getpid()}-{threading.get_ident()}.partial")
+        tensors = {"globals": features.globals, "patches": features.patches}
         try:
-            save_file(
-                {"globals": features.globals, "patches": features.patches},
-                partial,
-                metadata={"images": _signature(images)},
-            )
+            shard.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial, {"images": _signature(images), "sha256": features.sha256()})
             partial.replace(shard)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise RunError(f"--cache: {shard.parent}: cannot write: {error}") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        self._verified.add(shard)
 
 
 def _signature(images: Sequence[Path]) -> str:

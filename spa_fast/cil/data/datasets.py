@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from spa_fast.cil.errors import RunError, did_you_mean
 from spa_fast.cil.json_input import read_json
 
 Split = Literal["train", "test"]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".avif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ def read_image_folders(root: Path, classnames: Path | None = None) -> ImageFolde
     names = (
         _read_classnames(classnames, folders) if classnames else tuple(f.replace("_", " ") for f in folders)
     )
+    for name in names:
+        if names.count(name) > 1:
+            same = [folder for folder, n in zip(folders, names, strict=True) if n == name]
+            raise RunError(f"--data: {root}: class name {name!r} stands for {_short(same)}; use --classnames")
     return ImageFolders(root, folders, names, {"train": tuple(train.values()), "test": tuple(test.values())})
 
 
@@ -71,12 +76,30 @@ def check_images(paths: Iterable[Path]) -> None:
         RunError: naming the first unreadable file.
     """
     for path in tqdm(list(paths), desc="checking images", unit="img", leave=False, disable=None):
-        try:
-            with Image.open(path) as image:
-                image.draft("RGB", (32, 32))
-                image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise RunError(f"unreadable image: {path}: {error}") from error
+        with _opened(path) as image:
+            image.draft("RGB", (32, 32))
+            image.load()
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image in RGB, turned upright as its EXIF data say.
+
+    Raises:
+        RunError: unreadable file, or pixels of more than 8 bits a channel.
+    """
+    with _opened(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"pixels of mode {image.mode}: convert them to 8 bits a channel")
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RunError(f"unreadable image: {path}: {error}") from error
 
 
 def _class_folders(split: Path) -> dict[str, tuple[Path, ...]]:
@@ -84,9 +107,10 @@ def _class_folders(split: Path) -> dict[str, tuple[Path, ...]]:
     for folder in sorted(
         (p for p in split.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name
     ):
-        images = tuple(
-            sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        )
+        images = tuple(sorted(p for p in folder.iterdir() if not p.name.startswith(".")))
+        for path in images:
+            if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+                raise RunError(f"--data: not an image file: {path}; move it out of the data set")
         if not images:
             raise RunError(f"--data: class without images: {folder}")
         classes[folder.name] = images
@@ -104,10 +128,11 @@ def _read_classnames(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
             raise RunError(
                 f"--classnames: {path}: no name for folder {folder!r}{did_you_mean(folder, names)}"
             )
+    for folder in names:
+        if folder not in folders:
+            hint = did_you_mean(folder, folders)
+            raise RunError(f"--classnames: {path}: unknown folder {folder!r}{hint}")
     chosen = tuple(names[f].strip() for f in folders)
-    repeated = sorted({n for n in chosen if chosen.count(n) > 1})
-    if repeated:
-        raise RunError(f"--classnames: {path}: used for more than one folder: {_short(repeated)}")
     return chosen
 
 

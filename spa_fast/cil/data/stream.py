@@ -131,22 +131,23 @@ class TaskStream:
 
     def _texts(self, labels: range) -> ClassTexts:
         names = [self._cache.data.names[self.order[label]] for label in labels]
-        prompts = [template.format(name) for name in names for template in self.templates]
+        prompts = [template.replace("{}", name) for name in names for template in self.templates]
         templates = self._backbone.encode_texts(prompts).unflatten(0, (len(names), len(self.templates)))
         tokens = [self._tokens(name, label) for name, label in zip(names, labels, strict=True)]
         most = max(len(t) for t in tokens)
         mask = torch.stack([torch.arange(most) < len(t) for t in tokens])
-        return ClassTexts(templates.cpu(), torch.cat([_padded(t[None], most) for t in tokens]), mask)
+        return ClassTexts(templates, torch.cat([_padded(t[None], most) for t in tokens]), mask)
 
     def _tokens(self, name: str, label: int) -> Tensor:
         config = self._config
         lines = self.descriptions(label)
         if not lines:
             return torch.zeros(0, self._backbone.width)
-        sentences = [config.description_template.format(name=name, description=x.lower()) for x in lines]
+        join = config.description_template.replace("{name}", name)
+        sentences = [join.replace("{description}", line.lower()) for line in lines]
         if config.semantic_tokens == "sentence_eos":
-            return self._backbone.encode_texts(sentences).cpu()
-        return torch.cat(self._backbone.encode_words(sentences, config.word_limit)).cpu()
+            return self._backbone.encode_texts(sentences)
+        return torch.cat(self._backbone.encode_words(sentences, config.word_limit))
 
 
 def _padded(tensor: Tensor, width: int) -> Tensor:

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from spa_fast.cil.backbone import Backbone, load_backbone
+from spa_fast.cil.backbone import Backbone
 from spa_fast.cil.checkpoint import new_run_folder
 from spa_fast.cil.config import SpaConfig
 from spa_fast.cil.demo.world import contact_sheet, write_dataset
-from spa_fast.cil.experiment import Experiment, RunConfig, make_method, prepare
+from spa_fast.cil.experiment import Experiment, make_method, prepare
+from spa_fast.cil.loading import load_backbone
 from spa_fast.cil.loop import run_tasks
 from spa_fast.cil.methods.base import Method
 from spa_fast.cil.methods.spa import Spa
@@ -31,8 +32,17 @@ from spa_fast.cil.report import (
     write_csv,
     write_json,
 )
+from spa_fast.cil.run_config import RunConfig
 
+FILES = (
+    *("results.json", "results.csv", "metrics.jsonl", "curve.png"),
+    *("overlay_0.png", "overlay_1.png", "world.png"),
+)
 CHECKPOINT = Path(__file__).parent / "tiny_clip"
+NOTE = (
+    "SPA is reconstructed from its abstract. Weights: the demo's own tiny CLIP, "
+    "whose patches were trained against text."
+)
 TRAIN_PER_CLASS = 30
 TEST_PER_CLASS = 20
 INCREMENT = 5
@@ -74,7 +84,7 @@ def run_demo(out: Path, seeds: range, say: Callable[[str], None]) -> dict[str, A
     backbone = load_backbone(f"local-dir:{CHECKPOINT}")
     steps = ladder()
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in steps}
-    with new_run_folder(out, replace=True) as folder, tempfile.TemporaryDirectory() as scratch:
+    with new_run_folder(out, replaceable=FILES) as folder, tempfile.TemporaryDirectory() as scratch:
         with tqdm(total=len(seeds) * (len(steps) + 1), desc="demo", unit="run") as bar:
             for seed in seeds:
                 world = Path(scratch) / f"world_{seed}"
@@ -101,7 +111,7 @@ def run_demo(out: Path, seeds: range, say: Callable[[str], None]) -> dict[str, A
         contact_sheet(3, seeds[0]).save(folder / "world.png")
         rows = [summary(name, rows) for name, rows in runs.items()]
         results = {
-            "world": "procedurally drawn creatures; weights: the demo's own tiny CLIP, not a CLIP's",
+            "note": NOTE,
             "seeds": list(seeds),
             "rows": rows,
             "seconds": round(time.perf_counter() - start, 1),
@@ -111,6 +121,7 @@ def run_demo(out: Path, seeds: range, say: Callable[[str], None]) -> dict[str, A
         curves = {row["method"]: row["accuracies"] for row in rows}
         draw_curve(folder / "curve.png", curves, f"embedded world, mean of {len(seeds)} seeds")
     say(describe(rows))
+    say(NOTE)
     say(f"{results['seconds']} s, {len(seeds)} seeds; {out}: results.json, metrics.jsonl, results.csv, *.png")
     return results
 
@@ -119,7 +130,7 @@ def run_step(experiment: Experiment, name: str, log: Path) -> tuple[dict[str, An
     """One step of the ladder on one world."""
     config = experiment.config
     torch.manual_seed(config.seed)
-    method = make_method(config, experiment.backbone.width, experiment.backbone.logit_scale)
+    method = make_method(config, experiment.backbone)
     start = time.perf_counter()
     outcome = run_tasks(experiment.stream, method)
     row = result_row(name, outcome.matrix, time.perf_counter() - start, config.as_dict())
@@ -149,7 +160,7 @@ def summary(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "accuracies": [round(a, 4) for a in accuracies.tolist()],
         "matrix": [[None if r != r else round(r, 4) for r in line] for line in matrix.mean(0).tolist()],
         "seeds": [row["config"]["seed"] for row in rows],
-        "per_seed": [{"average": row["average"], "last": row["last"]} for row in rows],
+        "per_seed": [{key: row[key] for key in ("average", "last", "matrix")} for row in rows],
         "config": rows[0]["config"],
         "environment": rows[0]["environment"],
     }

@@ -30,10 +30,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spa_fast.cil.backbone import VOCABULARY, last_values
+from spa_fast.cil.backbone import last_values
 from spa_fast.cil.demo.creatures import SIZE, render_with_places
 from spa_fast.cil.demo.vocabulary import ATTRIBUTES, TEMPLATES, random_attributes, write_vocabulary
 from spa_fast.cil.demo.world import is_class_combination
+from spa_fast.cil.loading import VOCABULARY
 from spa_fast.cil.open_clip_import import import_open_clip
 
 _KEYS = list(ATTRIBUTES)

@@ -36,9 +36,8 @@ def read_descriptions(path: Path, names: Sequence[str]) -> list[list[str]]:
         texts[name] = [x.strip() for x in lines if x.strip()]
     for name in names:
         if not texts.get(name):
-            raise RunError(
-                f"--descriptions: {path}: class {name!r} has no descriptions{did_you_mean(name, texts)}"
-            )
+            hint = "" if name in texts else did_you_mean(name, texts)
+            raise RunError(f"--descriptions: {path}: class {name!r} has no descriptions{hint}")
     known = set(names)
     for name in texts:
         if name not in known:

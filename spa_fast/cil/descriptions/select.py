@@ -50,6 +50,7 @@ def _medoids(points: Tensor, taken: int, clusters: int, seed: int) -> list[int]:
     """The image nearest each k-means centre, skipping `taken` and clusters that hold nothing else."""
     from sklearn.cluster import KMeans
 
+    clusters = min(clusters, len(points.unique(dim=0)))
     labels = KMeans(clusters, n_init=1, random_state=seed).fit_predict(points.numpy())
     medoids = []
     for cluster in range(clusters):

@@ -16,6 +16,11 @@ class Method(ABC):
 
     texts: ClassTexts | None = None
 
+    @property
+    @abstractmethod
+    def n_classes(self) -> int:
+        """Classes seen."""
+
     @abstractmethod
     def learn(self, task: Task) -> dict[str, float]:
         """Learn one task; returns figures worth logging, for example the last epoch's loss."""

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from spa_fast.cil.config import SpaConfig
 from spa_fast.cil.data.stream import ClassTexts
+from spa_fast.cil.errors import RunError
 from spa_fast.cil.methods.replay import Replay
 from spa_fast.patches import align_selected, topk_patches
 from spa_fast.transport import SinkhornOutput, sinkhorn
+
+# Images whose patches are widened to fp32 at a time.
+SELECT_BATCH = 256
 
 
 class Kept(NamedTuple):
@@ -79,19 +83,25 @@ class LocalBranch:
     def select(self, patches: Tensor, texts: ClassTexts) -> Kept:
         """The k patches of every (image, class) that agree best with the class's descriptions."""
         config, tokens = self.config, texts.tokens
-        patches = patches.float()
-        if config.selection_space == "projected":
-            patches, tokens = self.visual(patches), self.textual(tokens)
-        relevance, indices = topk_patches(
-            patches,
-            tokens,
-            config.k,
-            reduce=config.patch_score,
-            class_conditional=config.class_conditional,
-            token_mask=texts.mask,
-        )
-        weighted = config.marginals == "score_softmax"
-        return Kept(indices, (relevance / config.eps).softmax(-1) if weighted else None)
+        projected = config.selection_space == "projected"
+        tokens = self.textual(tokens) if projected else tokens
+        parts = []
+        for part in patches.split(SELECT_BATCH):
+            frozen = part.float()
+            parts.append(
+                topk_patches(
+                    self.visual(frozen) if projected else frozen,
+                    tokens,
+                    config.k,
+                    reduce=config.patch_score,
+                    class_conditional=config.class_conditional,
+                    token_mask=texts.mask,
+                )
+            )
+        indices = torch.cat([indices for _, indices in parts])
+        if config.marginals == "uniform":
+            return Kept(indices, None)
+        return Kept(indices, (torch.cat([scores for scores, _ in parts]) / config.eps).softmax(-1))
 
     def remember(self, patches: Tensor, targets: Tensor, texts: ClassTexts, labels: range) -> None:
         """Fit Gaussians of the new classes' kept patches, or of each image's mean of them."""
@@ -99,7 +109,7 @@ class LocalBranch:
             return
         for label in labels:
             own = patches[targets == label].float()
-            kept = self.select(own, texts.only(label)).indices[:, 0]
+            kept = self._of_class(own, texts, label).indices[:, 0]
             chosen = own.gather(1, kept[..., None].expand(-1, -1, own.shape[-1]))
             chosen = chosen.mean(1) if self.config.local_replay == "mean" else chosen.flatten(0, 1)
             self.replay.fit(chosen, torch.full((len(chosen),), label))
@@ -116,14 +126,32 @@ class LocalBranch:
 
     @torch.no_grad()
     def explain(self, patches: Tensor, texts: ClassTexts, label: int) -> Explanation:
-        """For one image's patches [N, D] and one class."""
-        config, own = self.config, texts.only(label)
+        """For one image's patches [N, D] and one class.
+
+        Raises:
+            RunError: the run aligns without transport.
+        """
+        config = self.config
+        if config.solver != "sinkhorn":
+            raise RunError(f"explain: shows a transport plan; this run aligns by {config.solver!r}")
         patches = patches.float()
-        kept = self.select(patches[None], own).indices[0, 0]
-        tokens = own.tokens[0][own.mask[0]]
+        kept = self._of_class(patches[None], texts, label)
+        tokens = texts.tokens[label][texts.mask[label]]
+        rows = kept.indices[0, 0]
         relevance = (F.normalize(patches, dim=-1) @ F.normalize(tokens, dim=-1).T).amax(-1)
-        aligned = F.normalize(self.visual(patches[kept]), dim=-1)
+        aligned = F.normalize(self.visual(patches[rows]), dim=-1)
         cost = 1 - aligned @ F.normalize(self.textual(tokens), dim=-1).T
-        transport = sinkhorn(cost, eps=config.eps, max_iter=config.max_iter, tol=config.tol, return_plan=True)
+        weights = None if kept.weights is None else kept.weights[0, 0]
+        transport = sinkhorn(
+            cost, weights, eps=config.eps, max_iter=config.max_iter, tol=config.tol, return_plan=True
+        )
         assert isinstance(transport, SinkhornOutput)
-        return Explanation(kept, relevance, transport)
+        return Explanation(rows, relevance, transport)
+
+    def _of_class(self, patches: Tensor, texts: ClassTexts, label: int) -> Kept:
+        """What `select` keeps for one class, [B, 1, k]."""
+        if self.config.class_conditional:
+            return self.select(patches, texts.only(label))
+        # One choice an image, over all classes seen.
+        kept = self.select(patches, texts)
+        return Kept(kept.indices[:, :1], None if kept.weights is None else kept.weights[:, label, None])

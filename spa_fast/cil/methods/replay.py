@@ -23,7 +23,7 @@ class Replay:
     def __init__(self, config: SpaConfig, generator: torch.Generator) -> None:
         self.config = config
         self.generator = generator
-        self.bank = GaussianBank(covariance=config.covariance, ridge=config.ridge)
+        self.bank = GaussianBank(covariance=config.covariance, ridge=config.ridge, shrink=config.shrink)
 
     def fit(self, features: Tensor, targets: Tensor) -> None:
         """Store the classes of features [n, D] with labels [n]."""

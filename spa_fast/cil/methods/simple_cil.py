@@ -21,6 +21,10 @@ class SimpleCil(Method):
     def __init__(self) -> None:
         self.prototypes = torch.zeros(0, 0)
 
+    @property
+    def n_classes(self) -> int:
+        return len(self.prototypes)
+
     def learn(self, task: Task) -> dict[str, float]:
         means = torch.stack([task.features.globals[task.targets == label].mean(0) for label in task.labels])
         self.prototypes = torch.cat([self.prototypes, means]) if len(self.prototypes) else means

@@ -55,6 +55,10 @@ class Spa(Method):
             visual, textual = self._local_projectors()
             self.local = LocalBranch(config, visual, textual, self.generator)
 
+    @property
+    def n_classes(self) -> int:
+        return 0 if self.texts is None else len(self.texts.mask)
+
     def learn(self, task: Task) -> dict[str, float]:
         config = self.config
         texts = self.remember_texts(task)
@@ -62,7 +66,7 @@ class Spa(Method):
         for bank in self.projectors.values():
             bank.add_task()
         optimizer = self._optimizer(self._trainable() + decaying)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
+        schedule = self._schedule(optimizer)
         whole, patches = self._space(task.features.globals), task.features.patches
         kept = (
             self.local.select(patches, texts) if self.local and config.selection_space == "frozen" else None
@@ -88,6 +92,8 @@ class Spa(Method):
                 optimizer.step()
                 mean_loss += value / len(batches)
             schedule.step()
+        if not all(bool(p.isfinite().all()) for p in self._trainable()):
+            raise RunError(f"task {task.index}: training diverged; lower --lr ({config.lr})")
         self.replay.fit(whole, task.targets)
         if self.local:
             self.local.remember(patches, task.targets, texts, task.labels)
@@ -106,12 +112,11 @@ class Spa(Method):
         drawn, drawn_targets = self.replay.draw(old, config.pseudo_per_class, self.width)
         prompts = F.normalize(self.projectors["textual"](texts.templates[:, 0]), dim=-1)
         scores = self._global_scores(torch.cat([whole, drawn]), prompts)
-        trains_local = self.local and config.project_patches != "none"
         loss = scores.new_zeros(())
-        if self.local and trains_local and config.loss == "joint":
+        if self.local and config.loss == "joint":
             fused = scores[: len(whole)] + config.fusion_weight * self.local.scores(patches, texts, kept)
             scores = torch.cat([fused, scores[len(whole) :]])
-        elif self.local and trains_local and config.local_loss_weight > 0:
+        elif self.local and config.project_patches != "none" and config.local_loss_weight > 0:
             pseudo, pseudo_targets = self.local.pseudo_scores(texts, old)
             local = torch.cat([self.local.scores(patches, texts, kept), pseudo])
             loss = config.local_loss_weight * self._cross_entropy(local, torch.cat([targets, pseudo_targets]))
@@ -165,6 +170,12 @@ class Spa(Method):
         if c.optimizer == "adamw":
             return torch.optim.AdamW(parameters, lr=c.lr, weight_decay=c.weight_decay)
         return torch.optim.SGD(parameters, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        epochs = self.config.epochs
+        if self.config.schedule == "step":
+            return torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(0.4 * epochs), int(0.75 * epochs)])
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 
     def state_dict(self) -> dict[str, Tensor]:
         parts = {name: bank.state_dict() for name, bank in self.projectors.items()}

@@ -20,6 +20,10 @@ class ZeroShot(Method):
         self.source = texts
         self.classifier = torch.zeros(0, 0)
 
+    @property
+    def n_classes(self) -> int:
+        return len(self.classifier)
+
     def learn(self, task: Task) -> dict[str, float]:
         texts = self.remember_texts(task)
         if self.source == "templates":

@@ -1,0 +1,131 @@
+"""One run from its settings to its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spa_fast.cil.checkpoint import new_run_folder, save_run
+from spa_fast.cil.descriptions.select import select_exemplars
+from spa_fast.cil.errors import RunError
+from spa_fast.cil.experiment import Experiment, make_method, prepare
+from spa_fast.cil.loop import Outcome, run_tasks
+from spa_fast.cil.methods.base import Method
+from spa_fast.cil.methods.spa import Spa
+from spa_fast.cil.report import append_jsonl, draw_curve, result_row, stage_rows, write_csv, write_json
+from spa_fast.cil.run_config import RunConfig
+
+
+def train(config: RunConfig, out: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Run all tasks and write the run folder `out`; returns the row of results.json.
+
+    The folder appears whole when the run has ended, or not at all. It holds results.json, results.csv,
+    metrics.jsonl, curve.png, run.json and model.safetensors, and for spa exemplars.json.
+
+    Raises:
+        RunError: bad input, or training that diverges.
+    """
+    config, out = config.absolute(), out.resolve()
+    with new_run_folder(out) as folder:
+        experiment = prepare(config, config.cache or out.parent / "feature_cache")
+        torch.manual_seed(config.seed)
+        method = make_method(config, experiment.backbone)
+        if isinstance(method, Spa):
+            say(local_zero_shot(experiment, method))
+        start = time.perf_counter()
+
+        def on_stage(outcome: Outcome) -> None:
+            record = stage_record(experiment, outcome)
+            append_jsonl(folder / "metrics.jsonl", record)
+            stage, classes, accuracy = (record[key] for key in ("stage", "classes", "accuracy"))
+            say(f"stage {stage}: {classes:4d} classes, accuracy {accuracy:6.2f} %")
+
+        try:
+            outcome = run_tasks(experiment.stream, method, on_stage)
+        except ValueError as error:
+            raise RunError(f"the run cannot go on: {error}") from error
+        row = result_row(config.method, outcome.matrix, time.perf_counter() - start, config.as_dict())
+        row["learn_seconds"] = round(sum(outcome.learn_seconds), 2)
+        row["eval_seconds"] = round(sum(outcome.eval_seconds), 2)
+        row["protocol"] = protocol(experiment)
+        write_run(folder, experiment, method, row, outcome)
+    figures = ", ".join(f"{key} {row[key]:.2f}" for key in ("average", "last", "forgetting", "bwt"))
+    say(f"{figures} (%), {row['seconds']:.1f} s: {out}")
+    return row
+
+
+def write_run(
+    folder: Path, experiment: Experiment, method: Method, row: dict[str, Any], outcome: Outcome
+) -> None:
+    """Every file of a run folder but metrics.jsonl."""
+    config = experiment.config
+    write_json(folder / "results.json", row)
+    write_csv(folder / "results.csv", stage_rows(outcome.matrix))
+    draw_curve(folder / "curve.png", {row["label"]: outcome.matrix.accuracies}, config.data.name)
+    if config.method == "spa":
+        write_json(folder / "exemplars.json", exemplars(experiment))
+    description = {
+        "config": config.as_dict(),
+        "names": experiment.names,
+        "backbone_fingerprint": experiment.backbone.fingerprint,
+        "last": row["last"],
+    }
+    save_run(folder, description, method.state_dict())
+
+
+def stage_record(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
+    """The latest stage's line of metrics.jsonl."""
+    stage = len(outcome.matrix.rows) - 1
+    return {
+        "stage": stage,
+        "classes": experiment.stream.tasks[stage].stop,
+        "accuracy": outcome.matrix.accuracies[-1],
+        "tasks": outcome.matrix.rows[-1],
+        "learn_seconds": outcome.learn_seconds[-1],
+        "eval_seconds": outcome.eval_seconds[-1],
+        **outcome.figures[-1],
+    }
+
+
+def protocol(experiment: Experiment) -> dict[str, Any]:
+    """What a figure depends on beside the settings."""
+    file = experiment.config.descriptions if experiment.config.reads_descriptions else None
+    return {
+        "stored_images": 0,
+        "backbone_fingerprint": experiment.backbone.fingerprint,
+        "descriptions_sha256": hashlib.sha256(file.read_bytes()).hexdigest() if file else None,
+        "class_order": experiment.order,
+        "tasks": [len(task) for task in experiment.stream.tasks],
+    }
+
+
+@torch.no_grad()
+def local_zero_shot(experiment: Experiment, method: Spa) -> str:
+    """One line on the untrained local branch over the first task's training images: is it alive?"""
+    if not method.local:
+        return "local branch: off"
+    task = next(iter(experiment.stream))
+    scores = [method.local.scores(part, task.texts) for part in task.features.patches.split(64)]
+    right = (torch.cat(scores).argmax(-1) == task.targets).float().mean().item()
+    source, chance = experiment.config.spa.patch_source, 100.0 / len(task.labels)
+    where = "of the first task's training images"
+    return f"local branch before training ({source}): {100 * right:.1f} % {where} (chance {chance:.1f} %)"
+
+
+def exemplars(experiment: Experiment) -> dict[str, list[str]]:
+    """Per class the images that a writer of descriptions would be shown, relative to the data folder."""
+    config, data = experiment.config, experiment.data
+    chosen = {}
+    for index in experiment.order:
+        features = experiment.cache.load("train", index).globals
+        rows = select_exemplars(
+            features, config.spa.exemplars, config.spa.exemplar_selection, config.order_seed
+        )
+        images = data.images["train"][index]
+        chosen[data.names[index]] = [str(images[row].relative_to(data.root)) for row in rows]
+    return chosen
