@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: .venv demo test bench lint
+.PHONY: .venv demo test bench results lint
 
 .venv: .venv/installed
 
@@ -19,6 +19,12 @@ test: .venv
 
 bench: .venv
 	$(BIN)/python -m pytest bench --benchmark-only
+
+# On a quiet machine: every benchmark, filed under bench/results/ and written up in bench/RESULTS.md.
+results: .venv
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-only -q --benchmark-json=build/bench.json
+	$(BIN)/python bench/report.py build/bench.json
 
 lint: .venv
 	$(BIN)/ruff check .

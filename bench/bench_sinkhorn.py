@@ -1,74 +1,160 @@
-"""Entropic transport forward: ours on every CPU backend beside the torch.logsumexp loop people write."""
+"""Entropic transport, ours beside its peers: same problems, same T, same eps, parity asserted first."""
 
 from __future__ import annotations
 
 import os
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from cases import TRANSPORT, TransportCase
+from cases import DEVICE, TransportCase
+from measure import seconds_and_peak_mb, synchronised
+from peers import PEERS, rows
 from torch import Tensor
 
-from spa_fast import sinkhorn
-from spa_fast._backends import available
+from spa_fast import SinkhornAlign, sinkhorn
+from spa_fast._native import native_info
 
-WHO = ["torch loop", "reference", "native"]
-
-
-def torch_loop(cost: Tensor, case: TransportCase) -> Tensor:
-    """The same iteration, but one stop for all problems and so one host synchronisation an iteration."""
-    _, K, M = cost.shape
-    a, b = torch.tensor(1 / K), torch.tensor(1 / M)
-    scaled = -cost / case.eps
-    psi = torch.zeros(cost.shape[0], M)
-    for _ in range(case.max_iter):
-        phi = -torch.logsumexp(scaled + (psi + b.log())[:, None, :], 2)
-        psi = -torch.logsumexp(scaled + (phi + a.log())[:, :, None], 1)
-        if case.tol > 0:
-            plan = a * b * (scaled + phi[:, :, None] + psi[:, None, :]).exp()
-            if (plan.sum(2) - a).abs().sum(1).max() <= case.tol:
-                break
-    plan = a * b * (scaled + phi[:, :, None] + psi[:, None, :]).exp()
-    return (plan * cost).sum((1, 2))
-
-
-def solve(who: str, cost: Tensor, case: TransportCase) -> Tensor:
-    if who == "torch loop":
-        return torch_loop(cost, case)
-    out: Tensor = sinkhorn(cost, eps=case.eps, max_iter=case.max_iter, tol=case.tol, backend=who)
-    return out
+# Problems that parity is asserted on: the fp64 reference is slow.
+CHECKED = 640
 
 
 @cache
-def expected(case: TransportCase) -> Tensor:
-    out: Tensor = sinkhorn(
-        case.cost().double(), eps=case.eps, max_iter=case.max_iter, tol=case.tol, backend="reference"
+def expected(case: TransportCase, score: str, grad: str | None) -> tuple[Tensor, Tensor | None]:
+    """Of the fp64 reference, for the first problems of a case."""
+    cost, (a, b) = case.cost()[:CHECKED].double().requires_grad_(grad is not None), case.weights()
+    out = sinkhorn(
+        cost,
+        a[:CHECKED],
+        b[:CHECKED],
+        eps=case.eps,
+        max_iter=case.max_iter,
+        tol=case.tol,
+        score=score,
+        grad=grad or "envelope",
+        backend="reference",
     )
-    return out
+    got = None if grad is None else torch.autograd.grad(out.sum(), cost)[0]
+    return out.detach(), got
 
 
-@pytest.mark.parametrize("who", WHO)
-@pytest.mark.parametrize("case", TRANSPORT, ids=str)
-def bench_sinkhorn_fwd(benchmark: Any, one_thread: None, case: TransportCase, who: str) -> None:
-    reason = available().get(who)
-    if reason is not None:
-        pytest.skip(f"not measured: {reason}")
-    cost = case.cost()
-    # Problems that stop by themselves stop earlier than the loop's common stop: equal within the tolerance.
-    score = solve(who, cost, case).double()
-    torch.testing.assert_close(score, expected(case), rtol=1e-5, atol=1e-5 + case.tol)
-    benchmark.group = f"sinkhorn fwd {case}"
+def check(case: TransportCase, who: str, score: Any, grad: Any) -> None:
+    peer = PEERS[who]
+    kind = None if grad is None else "unroll" if peer.grad == "unroll" else "envelope"
+    want, want_grad = expected(case, peer.score, kind)
+    score, grad = (x if x is None else torch.as_tensor(_array(x))[:CHECKED].to(want) for x in (score, grad))
+    # Where each has a stop of its own, they agree within the tolerance.
+    torch.testing.assert_close(score, want, rtol=1e-5, atol=peer.atol + 2 * case.tol)
+    if grad is not None:
+        error = grad / (2 if peer.grad == "double" else 1) - want_grad
+        assert error.norm() <= (peer.grad_rtol + 20 * case.tol) * want_grad.norm()
+
+
+def _array(x: Any) -> Any:
+    return x if isinstance(x, Tensor) else np.array(x)
+
+
+def time_row(benchmark: Any, run: Any, parity: Any = None, **info: Any) -> None:
+    """Rounds by how long one call takes: a slow peer's few, none longer than needed."""
+    once, peak, out = seconds_and_peak_mb(run)
+    if parity is not None:
+        parity(*out)
+    if once < 0.5:
+        # What the first call sets up once is not the call's memory.
+        once, peak, out = seconds_and_peak_mb(run)
+    del out
     benchmark.extra_info |= {
-        "shape": [case.P, case.K, case.M],
         "dtype": "float32",
-        "backend": who,
+        "device": DEVICE,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
-        "bytes_moved": cost.numel() * 4 + case.P * (case.K + case.M + 3) * 4,
+        "simd": native_info().get("simd"),
+        "peak_mem_mb": None if peak is None else round(peak, 1),
+        **info,
     }
-    rounds = 30 if who == "native" else 5
-    benchmark.pedantic(
-        solve, (who, cost, case), rounds=rounds, warmup_rounds=1, iterations=4 if who == "native" else 1
+    rounds, iterations = max(2, min(30, int(1 / once))), max(1, round(1e-3 / once))
+    benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=0 if once > 0.1 else 3)
+
+
+def run_case(benchmark: Any, not_measured: Any, case: TransportCase, who: str, backward: bool) -> None:
+    benchmark.group = f"sinkhorn {'fwd+bwd' if backward else 'fwd'} {case}"
+    reason = PEERS[who].reason()
+    if reason is None and DEVICE == "cuda" and who.startswith("native"):
+        reason = "it runs on the CPU"
+    if reason is None and who.endswith("all threads"):
+        if os.cpu_count() == 1:
+            reason = "one CPU"
+        torch.set_num_threads(os.cpu_count() or 1)
+    if reason is not None:
+        not_measured(benchmark.group, who, reason)
+    run = synchronised(PEERS[who].build(case, backward))
+    numbers = case.P * case.K * case.M * (2 if backward else 1) + case.P * (case.K + case.M + 3)
+    time_row(
+        benchmark,
+        run,
+        partial(check, case, who),
+        backend=who,
+        shape=[case.P, case.K, case.M],
+        bytes_moved=4 * numbers,
     )
+
+
+@pytest.mark.parametrize(("case", "who"), rows(backward=False), ids=str)
+def bench_sinkhorn_fwd(
+    benchmark: Any, one_thread: None, not_measured: Any, case: TransportCase, who: str
+) -> None:
+    run_case(benchmark, not_measured, case, who, backward=False)
+
+
+@pytest.mark.parametrize(("case", "who"), rows(backward=True), ids=str)
+def bench_sinkhorn_fwd_bwd(
+    benchmark: Any, one_thread: None, not_measured: Any, case: TransportCase, who: str
+) -> None:
+    run_case(benchmark, not_measured, case, who, backward=True)
+
+
+B, C, K, M, D = 8, 100, 32, 16, 512
+
+
+def plain_align(patches: Tensor, tokens: Tensor) -> Tensor:
+    """Similarities by einsum, then PLOT's loop, 50 iterations, the plan held fixed."""
+    unit = torch.nn.functional.normalize
+    sim = torch.einsum("bkd,cmd->bckm", unit(patches, dim=-1), unit(tokens, dim=-1))
+    with torch.no_grad():
+        kernel = ((sim - 1) / 0.1).exp()
+        c = sim.new_ones(B, C, M, 1)
+        for _ in range(50):
+            r = (1 / K) / (kernel @ c)
+            c = (1 / M) / (kernel.mT @ r)
+        plan = r * kernel * c.mT
+    return (plan * sim).sum((-2, -1))
+
+
+ALIGN = {
+    "gemm alone": lambda p, s: p.view(B * K, D) @ s.view(C * M, D).T,
+    "torch: einsum, kernel-space loop": plain_align,
+    "spa_fast T=50": SinkhornAlign(max_iter=50, tol=0),
+    "spa_fast tol=1e-3": SinkhornAlign(tol=1e-3),
+}
+
+
+@pytest.mark.parametrize("who", ALIGN)
+@pytest.mark.parametrize("backward", [False, True], ids=["fwd", "fwd+bwd"])
+def bench_sinkhorn_align(benchmark: Any, one_thread: None, who: str, backward: bool) -> None:
+    benchmark.group = f"sinkhorn_align {'fwd+bwd' if backward else 'fwd'} B={B} C={C} K={K} M={M} D={D}"
+    generator = torch.Generator().manual_seed(0)
+    patches, tokens = (torch.randn(n, m, D, generator=generator).to(DEVICE) for n, m in ((B, K), (C, M)))
+
+    def run(function: Any = ALIGN[who]) -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(backward):
+            leaves = [x.detach().requires_grad_(backward) for x in (patches, tokens)]
+            out = function(*leaves)
+            return (out.detach(), *(torch.autograd.grad(out.sum(), leaves) if backward else ()))
+
+    if who != "gemm alone":
+        for got, want in zip(run(), run(plain_align), strict=True):
+            assert (got - want).norm() <= 2e-2 * want.norm()
+    flops = 2 * B * K * C * M * D * (3 if backward else 1)
+    time_row(benchmark, synchronised(run), backend=who, shape=[B, C, K, M, D], flops=flops)

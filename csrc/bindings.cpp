@@ -25,21 +25,29 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-void sinkhorn(uintptr_t cost, int cost_dtype, uintptr_t a, int64_t a_stride, uintptr_t b, int64_t b_stride, int64_t P,
-              int64_t K, int64_t M, double eps, int64_t max_iter, double tol, bool value, uintptr_t score, uintptr_t f,
-              uintptr_t g, uintptr_t n_iter, uintptr_t marginal_error, int threads, const std::string& isa) {
+TransportBatch batch(uintptr_t cost, int cost_dtype, int64_t C, bool similarity, uintptr_t a, int64_t a_stride,
+                     uintptr_t b, int64_t b_stride, int64_t P, int64_t K, int64_t M, double eps) {
     if (cost_dtype < 0 || cost_dtype > 2)
         throw py::value_error("cost_dtype: expected 0 (fp32), 1 (fp16) or 2 (bf16), got " + std::to_string(cost_dtype));
-    const SinkhornArgs args{pointer<const void>(cost),
-                            static_cast<CostType>(cost_dtype),
-                            pointer<const float>(a),
-                            a_stride,
-                            pointer<const float>(b),
-                            b_stride,
-                            P,
-                            K,
-                            M,
-                            eps,
+    return {pointer<const void>(cost),
+            static_cast<CostType>(cost_dtype),
+            C,
+            similarity,
+            pointer<const float>(a),
+            a_stride,
+            pointer<const float>(b),
+            b_stride,
+            P,
+            K,
+            M,
+            eps};
+}
+
+void forward(uintptr_t cost, int cost_dtype, uintptr_t a, int64_t a_stride, uintptr_t b, int64_t b_stride, int64_t P,
+             int64_t K, int64_t M, double eps, int64_t max_iter, double tol, bool value, uintptr_t score, uintptr_t f,
+             uintptr_t g, uintptr_t n_iter, uintptr_t marginal_error, int threads, const std::string& isa, int64_t C,
+             bool similarity) {
+    const SinkhornArgs args{batch(cost, cost_dtype, C, similarity, a, a_stride, b, b_stride, P, K, M, eps),
                             max_iter,
                             tol,
                             value,
@@ -51,6 +59,17 @@ void sinkhorn(uintptr_t cost, int cost_dtype, uintptr_t a, int64_t a_stride, uin
     const Isa chosen = isa_of(isa);
     const py::gil_scoped_release release;
     sinkhorn_fwd(args, threads, chosen);
+}
+
+void backward(uintptr_t grad_score, uintptr_t cost, int cost_dtype, uintptr_t a, int64_t a_stride, uintptr_t b,
+              int64_t b_stride, uintptr_t f, uintptr_t g, int64_t P, int64_t K, int64_t M, double eps,
+              uintptr_t grad_cost, int threads, const std::string& isa, int64_t C, bool similarity) {
+    const SinkhornGradArgs args{batch(cost, cost_dtype, C, similarity, a, a_stride, b, b_stride, P, K, M, eps),
+                                pointer<const float>(grad_score), pointer<const float>(f), pointer<const float>(g),
+                                pointer<void>(grad_cost)};
+    const Isa chosen = isa_of(isa);
+    const py::gil_scoped_release release;
+    sinkhorn_bwd(args, threads, chosen);
 }
 
 py::dict build_info() {
@@ -72,9 +91,15 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
     module.def("build_info", &build_info, "What this binary was built with and what it runs on this processor.");
-    module.def("sinkhorn_fwd", &sinkhorn, "Entropic transport over raw CPU pointers; csrc/sinkhorn.h has the contract.",
+    module.def("sinkhorn_fwd", &forward, "Entropic transport over raw CPU pointers; csrc/sinkhorn.h has the contract.",
                py::arg("cost_ptr"), py::arg("cost_dtype"), py::arg("a_ptr"), py::arg("a_stride"), py::arg("b_ptr"),
                py::arg("b_stride"), py::arg("P"), py::arg("K"), py::arg("M"), py::arg("eps"), py::arg("max_iter"),
                py::arg("tol"), py::arg("value"), py::arg("score_ptr"), py::arg("f_ptr"), py::arg("g_ptr"),
-               py::arg("n_iter_ptr"), py::arg("err_ptr"), py::arg("threads"), py::arg("isa") = "auto");
+               py::arg("n_iter_ptr"), py::arg("err_ptr"), py::arg("threads"), py::arg("isa") = "auto",
+               py::arg("C") = 1, py::arg("similarity") = false);
+    module.def("sinkhorn_bwd", &backward, "Its gradient for a fixed plan; csrc/sinkhorn.h has the contract.",
+               py::arg("grad_score_ptr"), py::arg("cost_ptr"), py::arg("cost_dtype"), py::arg("a_ptr"),
+               py::arg("a_stride"), py::arg("b_ptr"), py::arg("b_stride"), py::arg("f_ptr"), py::arg("g_ptr"),
+               py::arg("P"), py::arg("K"), py::arg("M"), py::arg("eps"), py::arg("grad_cost_ptr"), py::arg("threads"),
+               py::arg("isa") = "auto", py::arg("C") = 1, py::arg("similarity") = false);
 }

@@ -1,4 +1,4 @@
-// Batched entropic transport, forward: the contract between the solvers and whoever calls them.
+// Batched entropic transport: the contract between the solvers and whoever calls them.
 //
 // For each of P problems with cost C [K, M], weights a [K], b [M] and plan
 //     P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)
@@ -18,15 +18,20 @@ enum class CostType : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 constexpr int64_t kMaxSide = 256;
 
-struct SinkhornArgs {
-    const void* cost;  // [P, K, M] contiguous
+struct TransportBatch {
+    const void* cost;  // contiguous [P / C, K, C, M]; C = 1 is [P, K, M]
     CostType cost_type;
-    const float* a;  // row weights, problem p at a + p * a_stride; stride 0 shares one row
+    int64_t C;        // problems side by side: a GEMM of patches [B * K] with tokens [C * M] leaves them so
+    bool similarity;  // `cost` holds 1 - C_ij
+    const float* a;   // row weights, problem p at a + p * a_stride; stride 0 shares one row
     int64_t a_stride;
     const float* b;
     int64_t b_stride;
-    int64_t P, K, M;   // 1 <= K, M <= kMaxSide
-    double eps;        // in units of cost, > 0
+    int64_t P, K, M;  // 1 <= K, M <= kMaxSide
+    double eps;       // in units of cost, > 0
+};
+
+struct SinkhornArgs : TransportBatch {
     int64_t max_iter;  // >= 1
     double tol;
     bool value;             // score is <P, C> + eps KL(P | a b^T) instead of <P, C>
@@ -35,6 +40,13 @@ struct SinkhornArgs {
     float* g;               // [P, M]
     int32_t* n_iter;        // [P]
     float* marginal_error;  // [P], of the returned potentials
+};
+
+struct SinkhornGradArgs : TransportBatch {
+    const float* grad_score;  // [P]
+    const float* f;           // [P, K], as sinkhorn_fwd returned them
+    const float* g;           // [P, M]
+    void* grad_cost;          // as `cost`, in its type and order
 };
 
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
@@ -48,5 +60,10 @@ bool openmp_enabled();
 // Runs on up to `threads` OpenMP threads (one where OpenMP is absent). Throws std::invalid_argument on sizes out of
 // range or an unusable isa, std::bad_alloc.
 void sinkhorn_fwd(const SinkhornArgs& args, int threads, Isa isa);
+
+// grad_cost_ij = grad_score P_ij, negated for a similarity: the gradient of the value at convergence, and of <P, C> for
+// a plan held fixed. Exactly 0 where there is no weight; 0 for forbidden pairs and empty problems; NaN where the
+// problem's potentials are. Threads, exceptions and independence of neighbours as sinkhorn_fwd; allocates nothing.
+void sinkhorn_bwd(const SinkhornGradArgs& args, int threads, Isa isa);
 
 }  // namespace spa_fast

@@ -32,6 +32,18 @@ struct Release {
     void operator()(char* memory) const { ::operator delete(memory, kCacheLine); }
 };
 
+void check(const TransportBatch& args, Isa isa) {
+    if (args.P < 0 || args.K < 1 || args.K > kMaxSide || args.M < 1 || args.M > kMaxSide)
+        throw std::invalid_argument("cost must be [P, K, M] with 1 <= K, M <= 256, got [" + std::to_string(args.P) +
+                                    ", " + std::to_string(args.K) + ", " + std::to_string(args.M) + "]");
+    if (args.C < 1 || args.P % args.C != 0)
+        throw std::invalid_argument("C must divide P = " + std::to_string(args.P) + ", got " + std::to_string(args.C));
+    if (!(args.eps > 0)) throw std::invalid_argument("expected eps > 0");
+    if (!isa_usable(isa)) throw std::invalid_argument(std::string("instruction set not usable here: ") + isa_name(isa));
+}
+
+constexpr int64_t kGradBlock = 64;  // problems a thread takes at a time
+
 }  // namespace
 
 const char* isa_name(Isa isa) {
@@ -70,12 +82,8 @@ bool openmp_enabled() {
 }
 
 void sinkhorn_fwd(const SinkhornArgs& args, int threads, Isa isa) {
-    if (args.P < 0 || args.K < 1 || args.K > kMaxSide || args.M < 1 || args.M > kMaxSide)
-        throw std::invalid_argument("cost must be [P, K, M] with 1 <= K, M <= 256, got [" + std::to_string(args.P) +
-                                    ", " + std::to_string(args.K) + ", " + std::to_string(args.M) + "]");
-    if (!(args.eps > 0) || args.max_iter < 1 || !(args.tol >= 0))
-        throw std::invalid_argument("expected eps > 0, max_iter >= 1, tol >= 0");
-    if (!isa_usable(isa)) throw std::invalid_argument(std::string("instruction set not usable here: ") + isa_name(isa));
+    check(args, isa);
+    if (args.max_iter < 1 || !(args.tol >= 0)) throw std::invalid_argument("expected max_iter >= 1, tol >= 0");
 
     const LaneSolver& solver = *solver_of(isa);
     const int64_t groups = (args.P + solver.lanes - 1) / solver.lanes;
@@ -92,6 +100,27 @@ void sinkhorn_fwd(const SinkhornArgs& args, int threads, Isa isa) {
     }
 #endif
     for (int64_t group = 0; group < groups; ++group) solver.solve(args, group, memory.get());
+}
+
+void sinkhorn_bwd(const SinkhornGradArgs& args, int threads, Isa isa) {
+    check(args, isa);
+    GradSolver* solve = grad_portable;
+#ifdef SPA_FAST_X86
+    if (isa != Isa::portable) solve = isa == Isa::avx2 ? grad_avx2 : grad_avx512;
+#endif
+#ifdef _OPENMP
+    const int64_t blocks = (args.P + kGradBlock - 1) / kGradBlock;
+    const int team = static_cast<int>(std::min<int64_t>(threads, blocks));
+    if (team > 1) {
+#pragma omp parallel for num_threads(team) schedule(static)
+        for (int64_t block = 0; block < blocks; ++block)
+            solve(args, block * kGradBlock, std::min(args.P, (block + 1) * kGradBlock));
+        return;
+    }
+#else
+    (void)threads;
+#endif
+    solve(args, 0, args.P);
 }
 
 }  // namespace spa_fast

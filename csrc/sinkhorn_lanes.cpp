@@ -1,201 +1,24 @@
 // The solver, one problem per vector lane: no horizontal sums, and a lane's arithmetic never sees its neighbours.
 //
-// Compiled once per instruction set (SPA_FAST_ISA, SPA_FAST_LANES and the -m flags come from CMake). Everything here
-// has internal linkage and calls no inline library function: the linker could hand an AVX-512 copy of one to portable
-// code.
-//
 // A problem takes one of two branches:
 //   kernel space, fp32: K_ij = exp((rowmin_i - C_ij) / eps), u = a / (K v), v = b / (K^T u); two FMAs an entry and
-//   iteration; log domain, fp64:   where K would underflow (row range beyond 80 eps, +inf entries, or a denominator
-//   seen below 1e-30)
-//                       and where eps is so large against C that log(K v) loses C in fp32.
+//                       iteration;
+//   log domain, fp64:   where K would underflow (row range beyond 80 eps, +inf entries, or a denominator seen below
+//                       1e-30) and where eps is so large against C that log(K v) loses C in fp32.
 #include "sinkhorn_lanes.h"
-
-#if defined(__F16C__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "vector.h"
 
 namespace spa_fast {
 namespace {
 
-constexpr int W = SPA_FAST_LANES;
-constexpr int H = W / 2;  // fp64 lanes
-
-typedef float F __attribute__((vector_size(W * 4)));
-typedef int32_t I __attribute__((vector_size(W * 4)));
-typedef uint32_t U __attribute__((vector_size(W * 4)));
-typedef uint16_t U16 __attribute__((vector_size(W * 2)));
-typedef double D __attribute__((vector_size(H * 8)));
-typedef int64_t I64 __attribute__((vector_size(H * 8)));
-typedef uint64_t U64 __attribute__((vector_size(H * 8)));
-typedef float FH __attribute__((vector_size(H * 4)));
-typedef int32_t IH __attribute__((vector_size(H * 4)));
-
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
 // Row range / eps of the kernel space: e^-80 = 1.8e-35 is still a normal fp32.
 constexpr double kMaxRange = 80;
 // eps / max|C| of the kernel space: log(K v) is good to about 2e-7, so potentials and value to eps * 2e-7.
 constexpr double kMaxEps = 2;
 constexpr float kMinDenominator = 1e-30f;  // entries lost to underflow, below 1e-38, do not show beside it
 constexpr float kMinScaling = 1e-36f;      // u and v stay normal numbers
-constexpr float kInf = __builtin_inff();
-
-template <class V, class T>
-inline V splat(T x) {
-    return x - V{};
-}
-template <class V>
-inline V min(V x, V y) {
-    return x < y ? x : y;
-}
-template <class V>
-inline V max(V x, V y) {
-    return x > y ? x : y;
-}
-inline F abs(F x) { return (F)((U)x & 0x7fffffffu); }
-inline D abs(D x) { return (D)((U64)x & 0x7fffffffffffffffu); }
-
-template <class V>
-inline V load(const void* from) {
-    V x;
-    __builtin_memcpy(&x, from, sizeof(V));
-    return x;
-}
-template <class V>
-inline void store(void* to, V x) {
-    __builtin_memcpy(to, &x, sizeof(V));
-}
-
-template <class M>
-inline bool any(M mask) {
-    uint64_t words[sizeof(M) / 8], all = 0;
-    __builtin_memcpy(words, &mask, sizeof(M));
-    for (uint64_t word : words) all |= word;
-    return all != 0;
-}
-
-// Adding 1.5 * 2^mantissa rounds to an integer and leaves it in the low bits. 2^r - 1 = r q(r) on [-1/2, 1/2] by
-// Chebyshev interpolation of q; relative error 5e-9 (fp32, before rounding) and 4e-14 (fp64). |x| must stay inside the
-// exponent range.
-inline F exp2(F x) {
-    const F rounded = x + 0x1.8p23f;
-    const F r = x - (rounded - 0x1.8p23f);
-    F p = r * 1.54531629e-4f + 1.33908634e-3f;
-    p = p * r + 9.61808256e-3f;
-    p = p * r + 5.55035711e-2f;
-    p = p * r + 0.240226508f;
-    p = p * r + 0.693147188f;
-    p = p * r + 1.0f;
-    return (F)((U)p + ((U)rounded << 23));
-}
-inline D exp2(D x) {
-    const D rounded = x + 0x1.8p52;
-    const D r = x - (rounded - 0x1.8p52);
-    D p = r * 1.02031210633917292e-7 + 1.3255224878668817e-6;
-    p = p * r + 1.5252686846267719e-5;
-    p = p * r + 1.54034558524538394e-4;
-    p = p * r + 1.33335581790431111e-3;
-    p = p * r + 9.61812915940255819e-3;
-    p = p * r + 5.55041086647604239e-2;
-    p = p * r + 0.240226506958129882;
-    p = p * r + 0.693147180559945309;
-    p = p * r + 1.0;
-    return (D)((U64)p + ((U64)rounded << 52));
-}
-
-// log2(x) = e + 2/ln2 atanh((m - 1) / (m + 1)), x = 2^e m, m in [sqrt(1/2), sqrt(2)). Positive normal x.
-inline F log2(F x) {
-    const I e = ((I)x - 0x3f3504f3) >> 23;
-    const F m = (F)((U)x - ((U)e << 23));
-    const F z = (m - 1.0f) / (m + 1.0f), w = z * z;
-    F p = w * 0.320598895f + 0.412198573f;
-    p = p * w + 0.577078016f;
-    p = p * w + 0.961796694f;
-    p = p * w + 2.88539008f;
-    return __builtin_convertvector(e, F) + z * p;
-}
-inline D log2(D x) {
-    const I64 e = ((I64)x - 0x3fe6a09e667f3bcd) >> 52;
-    const D m = (D)((U64)x - ((U64)e << 52));
-    const D z = (m - 1.0) / (m + 1.0), w = z * z;
-    D p = w * (2 / kLn2 / 17) + 2 / kLn2 / 15;
-    for (int k = 13; k > 0; k -= 2) p = p * w + 2 / kLn2 / k;
-    return __builtin_convertvector(e, D) + z * p;
-}
-
-struct Half {
-    uint16_t bits;
-};
-struct BFloat {
-    uint16_t bits;
-};
-
-inline F widen(const float* from) { return load<F>(from); }
-inline F widen(const BFloat* from) { return (F)(__builtin_convertvector(load<U16>(from), U) << 16); }
-inline F widen(const Half* from) {
-#if defined(__AVX512F__)
-    return (F)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#elif defined(__F16C__)
-    return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#else
-    const U h = __builtin_convertvector(load<U16>(from), U), magnitude = h & 0x7fffu;
-    const U rebias = splat<U>(112u << 23);
-    const U normal = (magnitude << 13) + rebias + (magnitude >= 0x7c00u ? rebias : U{});
-    const F subnormal = __builtin_convertvector((I)magnitude, F) * 0x1p-24f;
-    return (F)((magnitude < 0x400u ? (U)subnormal : normal) | ((h & 0x8000u) << 16));
-#endif
-}
-
-// {x0, y0, x1, y1, ...} of the lower or the upper halves.
-template <int... J>
-struct Lanes {};
-template <int N, int... J>
-struct Count : Count<N - 1, N - 1, J...> {};
-template <int... J>
-struct Count<0, J...> {
-    typedef Lanes<J...> type;
-};
-template <int Start, int... J>
-inline F zip(F x, F y, Lanes<J...>) {
-#ifdef __clang__
-    return __builtin_shufflevector(x, y, (Start + J / 2 + J % 2 * W)...);
-#else
-    return __builtin_shuffle(x, y, I{(Start + J / 2 + J % 2 * W)...});
-#endif
-}
-inline void transpose(F (&rows)[W]) {
-    typedef typename Count<W>::type All;
-    for (int stage = 1; stage < W; stage *= 2) {
-        F zipped[W];
-        for (int i = 0; i < H; ++i) {
-            zipped[2 * i] = zip<0>(rows[i], rows[i + H], All());
-            zipped[2 * i + 1] = zip<H>(rows[i], rows[i + H], All());
-        }
-        for (int i = 0; i < W; ++i) rows[i] = zipped[i];
-    }
-}
-
-// out[e] holds entry e of all W problems; problem l starts at from + offset[l].
-template <class S>
-void interleave(const S* from, const int64_t* offset, int64_t n, F* out) {
-    int64_t e = 0;
-    for (; e + W <= n; e += W) {
-        F rows[W];
-        for (int l = 0; l < W; ++l) rows[l] = widen(from + offset[l] + e);
-        transpose(rows);
-        for (int l = 0; l < W; ++l) out[e + l] = rows[l];
-    }
-    if (e == n) return;
-    F rows[W];
-    for (int l = 0; l < W; ++l) {
-        S padded[W] = {};
-        __builtin_memcpy(padded, from + offset[l] + e, (n - e) * sizeof(S));
-        rows[l] = widen(padded);
-    }
-    transpose(rows);
-    for (int64_t l = 0; l < n - e; ++l) out[e + l] = rows[l];
-}
+// Sums of the log domain, whose terms below 2^-1000 are lost and above 2^1000 cut.
+constexpr double kLogTiny = 0x1p-300, kLogHuge = 0x1p300;
 
 // Hands out consecutive aligned pieces of the workspace; with no memory it only counts.
 struct Arena {
@@ -216,8 +39,8 @@ struct Group {
     F* kernel;        // [K, M], 1 where there is no weight
     F *rowmin, *u, *u_next, *u_stop;
     F *v, *v_sum, *v_stop;
-    D *phi, *phi_next, *phi_stop, *log_a, *row;       // [K], base-2 logarithms
-    D *gamma, *gamma_stop, *log_b, *col, *top, *sum;  // [M]
+    D *phi, *phi_next, *phi_stop, *log_a;             // [K], base-2 logarithms
+    D *gamma, *gamma_stop, *log_b, *col, *part, *sum;  // [M]
     F score = {}, marginal_error = {};
     I n_iter = {};
 
@@ -226,8 +49,8 @@ struct Group {
         kernel = arena.take<F>(K * M);
         F** const rows32[] = {&a, &f, &rowmin, &u, &u_next, &u_stop};
         F** const cols32[] = {&b, &g, &v, &v_sum, &v_stop};
-        D** const rows64[] = {&phi, &phi_next, &phi_stop, &log_a, &row};
-        D** const cols64[] = {&gamma, &gamma_stop, &log_b, &col, &top, &sum};
+        D** const rows64[] = {&phi, &phi_next, &phi_stop, &log_a};
+        D** const cols64[] = {&gamma, &gamma_stop, &log_b, &col, &part, &sum};
         for (F** piece : rows32) *piece = arena.take<F>(K);
         for (F** piece : cols32) *piece = arena.take<F>(M);
         for (D** piece : rows64) *piece = arena.take<D>(K);
@@ -367,6 +190,10 @@ inline D log2_weight(D weight) { return weight > 0.0 ? log2(weight) : splat<D>(-
 inline D exp2_clamped(D x) { return exp2(max(x, splat<D>(-1000.0))); }
 
 // Solves the lanes of `running` in one half of the group, the others are left as they are.
+//
+// One exponential an entry and iteration: of the plan at the last potentials, whose row sums correct f and, with f
+// corrected, whose column sums correct g. Where a sum is so far from its weight that terms may have been lost or have
+// overflowed, which the first iterations can do, its logarithm is taken anew from its largest term.
 void solve_log(Group& s, const SinkhornArgs& args, int half, I64 running) {
     const int64_t K = args.K, M = args.M;
     const double scale = kLog2E / args.eps;
@@ -387,16 +214,36 @@ void solve_log(Group& s, const SinkhornArgs& args, int half, I64 running) {
     // n counts iterations done; the rows of iteration n + 1 give the marginal error of iterate n.
     for (int64_t n = 0;; ++n) {
         D error = {};
+        for (int64_t j = 0; j < M; ++j) s.sum[j] = D{};
         for (int64_t i = 0; i < K; ++i) {
             const D* cost = scaled + i * M;
-            D top = nothing, sum = {};
-            for (int64_t j = 0; j < M; ++j) top = max(s.col[j] - cost[j], top);
-            const I64 reached = top > nothing;
-            top = reached ? top : D{};
-            for (int64_t j = 0; j < M; ++j) sum += exp2_clamped(s.col[j] - cost[j] - top);
-            s.phi_next[i] = reached ? -(top + log2(sum)) : D{};
-            const D mass = reached ? exp2_clamped(s.phi[i] - s.phi_next[i]) : D{};
-            error += widen_half(s.a + i, half) * abs(mass - 1.0);
+            const D phi = s.phi[i], a = widen_half(s.a + i, half);
+            D mass = {};
+            for (int64_t j = 0; j < M; ++j) {
+                const D part = exp2_clamped(min(s.col[j] - cost[j] + phi, splat<D>(1000.0)));
+                s.part[j] = part;
+                mass += part;
+            }
+            D next = phi - log2(mass), share = a / mass;
+            const I64 lost = wanted & ~((mass > kLogTiny) & (mass < kLogHuge));
+            if (any(lost)) {
+                D top = nothing, sum = {};
+                for (int64_t j = 0; j < M; ++j) top = max(s.col[j] - cost[j], top);
+                const I64 reached = top > nothing;
+                top = reached ? top : D{};
+                for (int64_t j = 0; j < M; ++j) {
+                    const D part = exp2_clamped(s.col[j] - cost[j] - top);
+                    s.part[j] = lost ? part : s.part[j];
+                    sum += part;
+                }
+                const D exact = reached ? -(top + log2(sum)) : D{};
+                next = lost ? exact : next;
+                share = lost ? (reached ? a / sum : D{}) : share;
+                mass = lost ? (reached ? exp2_clamped(phi - exact) : D{}) : mass;
+            }
+            s.phi_next[i] = next;
+            error += a * abs(mass - 1.0);
+            for (int64_t j = 0; j < M; ++j) s.sum[j] += s.part[j] * share;
         }
         if (n > 0) {
             const I64 done = n == args.max_iter ? running : args.tol > 0 ? running & (error <= args.tol) : I64{};
@@ -409,24 +256,21 @@ void solve_log(Group& s, const SinkhornArgs& args, int half, I64 running) {
                 if (!any(running)) break;
             }
         }
+        for (int64_t i = 0; i < K; ++i) s.phi[i] = s.phi_next[i];
         for (int64_t j = 0; j < M; ++j) {
-            s.top[j] = nothing;
-            s.sum[j] = D{};
-        }
-        for (int64_t i = 0; i < K; ++i) {
-            s.phi[i] = s.phi_next[i];
-            s.row[i] = s.log_a[i] + s.phi[i];
-            for (int64_t j = 0; j < M; ++j) s.top[j] = max(s.row[i] - scaled[i * M + j], s.top[j]);
-        }
-        for (int64_t j = 0; j < M; ++j) {
-            const I64 reached = s.top[j] > nothing;
-            s.gamma[j] = reached ? D{} : nothing;
-            s.top[j] = reached ? s.top[j] : D{};
-        }
-        for (int64_t i = 0; i < K; ++i)
-            for (int64_t j = 0; j < M; ++j) s.sum[j] += exp2_clamped(s.row[i] - scaled[i * M + j] - s.top[j]);
-        for (int64_t j = 0; j < M; ++j) {
-            s.gamma[j] = s.gamma[j] == nothing ? D{} : -(s.top[j] + log2(s.sum[j]));
+            const D b = widen_half(s.b + j, half), sum = s.sum[j];
+            D next = s.gamma[j] - log2(sum / b);
+            const I64 lost = wanted & (b > 0.0) & ~((sum > kLogTiny) & (sum < kLogHuge));
+            if (any(lost)) {
+                D top = nothing, exact = {};
+                for (int64_t i = 0; i < K; ++i) top = max(s.log_a[i] + s.phi[i] - scaled[i * M + j], top);
+                const I64 reached = top > nothing;
+                top = reached ? top : D{};
+                for (int64_t i = 0; i < K; ++i)
+                    exact += exp2_clamped(s.log_a[i] + s.phi[i] - scaled[i * M + j] - top);
+                next = lost ? (reached ? -(top + log2(exact)) : D{}) : next;
+            }
+            s.gamma[j] = b > 0.0 ? next : D{};
             s.col[j] = s.log_b[j] + s.gamma[j];
         }
     }
@@ -503,9 +347,16 @@ void build_kernel(Group& s, int64_t K, int64_t M, float scale, F& range, F& larg
 
 template <class S>
 void load_group(const SinkhornArgs& args, const int64_t* problem, F* out) {
+    const int64_t K = args.K, M = args.M, C = args.C;
     int64_t offset[W];
-    for (int l = 0; l < W; ++l) offset[l] = problem[l] * args.K * args.M;
-    interleave(static_cast<const S*>(args.cost), offset, args.K * args.M, out);
+    for (int l = 0; l < W; ++l) offset[l] = (problem[l] / C) * K * C * M + problem[l] % C * M;
+    const S* const from = static_cast<const S*>(args.cost);
+    if (C == 1)
+        interleave(from, offset, K * M, out);
+    else
+        for (int64_t i = 0; i < K; ++i) interleave(from + i * C * M, offset, M, out + i * M);
+    if (args.similarity)
+        for (int64_t e = 0; e < K * M; ++e) out[e] = 1.0f - out[e];
 }
 
 // Weights of W problems, interleaved; `sound` loses the lanes with a weight that is negative, NaN or infinite.

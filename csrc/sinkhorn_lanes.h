@@ -1,4 +1,4 @@
-// What sinkhorn_cpu.cpp needs of one build of sinkhorn_lanes.cpp (there is one per instruction set).
+// What sinkhorn_cpu.cpp needs of one build of sinkhorn_lanes.cpp and sinkhorn_grad.cpp (one per instruction set).
 #pragma once
 
 #include "sinkhorn.h"
@@ -14,5 +14,9 @@ struct LaneSolver {
 extern const LaneSolver lanes_portable;
 extern const LaneSolver lanes_avx2;
 extern const LaneSolver lanes_avx512;
+
+// Problems first to last - 1.
+typedef void GradSolver(const SinkhornGradArgs& args, int64_t first, int64_t last);
+GradSolver grad_portable, grad_avx2, grad_avx512;
 
 }  // namespace spa_fast

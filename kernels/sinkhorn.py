@@ -8,7 +8,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ._tiles import MAX_REGISTERS, TileConfig, default_config, next_power_of_2
+from ._configs import tuned
+from ._math import offset
+from ._tiles import (
+    MAX_REGISTERS,
+    BlockConfig,
+    TileConfig,
+    default_config,
+    in_registers,
+    next_power_of_2,
+)
+from .sinkhorn_stream import _sinkhorn_stream_kernel, stream_blocks
 
 # Up to range/eps = 80 kernel entries and both scalings stay within e^-80 and e^80: normal fp32 numbers.
 _WIDE = tl.constexpr(80 * math.log2(math.e))
@@ -83,7 +93,7 @@ def _sinkhorn_fwd_kernel(
     with L = (row minimum - C) log2(e)/eps; an iteration is two matrix-vector products. Problems where some
     L < -80 log2(e), or a pair is forbidden, hold L itself and take log2 sums. Neighbours never change a bit.
     """
-    first = tl.program_id(0).to(tl.int64) * BLOCK_P
+    first = offset(tl.program_id(0), BLOCK_P)
     p = tl.arange(0, BLOCK_P)[None, None, :, None, None]
     i = tl.arange(0, K2 // LANES_K)[:, None, None, None, None] * LANES_K
     i += tl.arange(0, LANES_K)[None, None, None, :, None]
@@ -98,8 +108,9 @@ def _sinkhorn_fwd_kernel(
     at = cost_ptr + first * K * M + ((p * K + i) * M + j * m_stride)
 
     cost = tl.load(at, mask=active, other=float("inf")).to(tl.float32)
-    nan = _max(_max((cost != cost).to(tl.int32), 1, 4), 0, 3) > 0
-    shift = -_max(tl.where(cost != cost, 0.0, -cost), 1, 4)
+    bad = (cost != cost) | (cost == float("-inf"))
+    nan = _max(_max(bad.to(tl.int32), 1, 4), 0, 3) > 0
+    shift = -_max(tl.where(bad, 0.0, -cost), 1, 4)
     shift = tl.where(shift == float("inf"), 0.0, shift)
     tile = (shift - cost) * to_log2
     wide = _max(_max(tl.where(active, -tile, 0.0), 1, 4), 0, 3) > _WIDE
@@ -135,7 +146,7 @@ def _sinkhorn_fwd_kernel(
     tl.store(score_ptr + first + p, tl.where(nan, float("nan"), tl.where(live, score, 0.0)), mask=in_p)
     tl.store(f_ptr + first * K + (p * K + i), tl.where(nan & (a > 0), float("nan"), f), mask=in_row)
     tl.store(g_ptr + first * M + (p * M + j), tl.where(nan & (b > 0), float("nan"), g), mask=in_col)
-    tl.store(n_iter_ptr + first + p, tl.where(nan, max_iter, n), mask=in_p)
+    tl.store(n_iter_ptr + first + p, n, mask=in_p)
     tl.store(error_ptr + first + p, tl.where(nan, float("nan"), error), mask=in_p)
 
 
@@ -147,7 +158,7 @@ def sinkhorn_fwd(
     max_iter: int,
     tol: float,
     value: bool,
-    config: TileConfig | None = None,
+    config: TileConfig | BlockConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Solve P entropic transport problems, each stopping by itself.
 
@@ -158,29 +169,40 @@ def sinkhorn_fwd(
         max_iter: iterations at most, >= 1.
         tol: stop at marginal_error <= tol; 0 runs exactly max_iter iterations.
         value: score is the regularised value <P, C> + eps KL(P | a b^T) instead of <P, C>.
-        config: launch geometry; None takes the default for K and M.
+        config: launch geometry; None takes what was tuned on this GPU, else the default for K and M. A
+            `BlockConfig` passes over the cost in blocks, which is the default past 8192 padded entries.
 
     Returns:
         score [P], f [P, K], g [P, M], marginal_error [P] in fp32 and n_iter [P] in int32, ordered
         (score, f, g, n_iter, marginal_error).
-
-    Raises:
-        ValueError: the padded tile does not fit one program's registers.
     """
     P, K, M = cost.shape
-    config = config or default_config(K, M)
+    config = config or tuned(cost, "sinkhorn_fwd") or _default(K, M)
     score, error = (torch.empty(P, dtype=torch.float32, device=cost.device) for _ in range(2))
     f = torch.empty(P, K, dtype=torch.float32, device=cost.device)
     g = torch.empty(P, M, dtype=torch.float32, device=cost.device)
     n_iter = torch.empty(P, dtype=torch.int32, device=cost.device)
-    if P > 0:
-        with torch.cuda.device_of(cost):
+    K2, M2 = next_power_of_2(K), next_power_of_2(M)
+    tensors = cost, a, b, score, f, g, n_iter, error
+    strides = 0 if a.shape[0] == 1 else K, 0 if b.shape[0] == 1 else M
+    numbers = math.log2(math.e) / eps, math.log(2) * eps, max_iter, tol if tol > 0 else -1.0
+    launch = {"VALUE": value, "num_warps": config.num_warps, "maxnreg": MAX_REGISTERS}
+    if P == 0:
+        return score, f, g, n_iter, error
+    with torch.cuda.device_of(cost):
+        if isinstance(config, BlockConfig):
+            _sinkhorn_stream_kernel[(P,)](
+                *tensors, K, M, *strides, *numbers,
+                K2=K2, BLOCK_M=max(1, min(M2, config.entries // K2)), **launch,
+            )  # fmt: skip
+        else:
             _sinkhorn_fwd_kernel[(triton.cdiv(P, config.block_p),)](
-                cost, a, b, score, f, g, n_iter, error,
-                P, K, M, 0 if a.shape[0] == 1 else K, 0 if b.shape[0] == 1 else M, 1,
-                math.log2(math.e) / eps, math.log(2) * eps, max_iter, tol if tol > 0 else -1.0,
-                VALUE=value, BLOCK_P=config.block_p, K2=next_power_of_2(K), M2=next_power_of_2(M),
-                LANES_K=config.lanes_k, LANES_M=config.lanes_m,
-                num_warps=config.num_warps, maxnreg=MAX_REGISTERS,
+                *tensors, P, K, M, *strides, 1, *numbers,
+                BLOCK_P=config.block_p, K2=K2, M2=M2, LANES_K=config.lanes_k, LANES_M=config.lanes_m,
+                **launch,
             )  # fmt: skip
     return score, f, g, n_iter, error
+
+
+def _default(K: int, M: int) -> TileConfig | BlockConfig:
+    return default_config(K, M) if in_registers(K, M) else stream_blocks(K, M)

@@ -27,7 +27,7 @@ def resolve(backend: str, cost: Tensor) -> str:
     "auto" takes the first of the row that fits, "reference" where none does:
 
         device | dtype            | sides                        | backend
-        cuda   | fp16, bf16, fp32 | <= 256, tile in registers    | triton
+        cuda   | fp16, bf16, fp32 | <= 256                       | triton
         cpu    | fp16, bf16, fp32 | <= 256                       | native
         any    | any float        | any                          | reference
 
@@ -65,8 +65,6 @@ def _obstacle(backend: str, cost: Tensor) -> str | None:
     K, M = cost.shape[-2:]
     if K > MAX_SIDE or M > MAX_SIDE:
         return f"it takes K, M <= {MAX_SIDE}, got {K} x {M}"
-    if backend == "triton" and not _fits(K, M):
-        return f"a {K} x {M} problem does not fit the registers of one program"
     return None
 
 
@@ -92,10 +90,3 @@ def _interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
-
-
-@cache
-def _fits(K: int, M: int) -> bool:
-    from spa_fast.kernels import fits
-
-    return bool(fits(K, M))

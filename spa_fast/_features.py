@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spa_fast import _checks as checks
+from spa_fast._ops.unit import unit
 
 NONFINITE = ("raise", "propagate", "zero")
 
@@ -48,22 +49,14 @@ def prepare(
         x = torch.where(mask[..., None], x, 0.0)
     if nonfinite == "zero":
         x = torch.where(x.isfinite().all(-1, keepdim=True), x, 0.0)
-    return unit(x) if normalize else x
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension; 0 with gradient 0 where |x| = 0."""
-    # Scaled by a constant first, which cancels: squares of 1e-30 or 1e30 fit fp64 only.
-    with torch.no_grad():
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
-        inverse = norm.reciprocal().masked_fill(norm < torch.finfo(x.dtype).tiny, 0.0).to(x.dtype)
-    x = x * inverse
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / length.masked_fill(length == 0, 1.0)
+    return unit(x)[0] if normalize else x
 
 
 def similarity(p: Tensor, s: Tensor, all_pairs: bool) -> Tensor:
-    """[B, C, K, M] of p [B, K, D] and s [C, M, D] or [B, C, M, D]; else [B, K, M] of s [B, M, D]."""
+    """[B, C, K, M] of p [B, K, D] and s [C, M, D] or [B, C, M, D]; else [B, K, M] of s [B, M, D].
+
+    All pairs lie as one GEMM leaves them, [B, K, C, M].
+    """
     with torch.autocast(p.device.type, enabled=False):
         if not all_pairs:
             return p @ s.transpose(1, 2)

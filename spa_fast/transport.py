@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from spa_fast import _backends
 from spa_fast import _checks as checks
@@ -28,7 +29,7 @@ SOLVERS = ("sinkhorn", "uniform", "double_softmax", "max_mean")
 # Tolerance that `converged` is judged by where tol = 0 fixes the number of iterations.
 _FIXED_TOL = 1e-3
 
-# Similarities held at once where no gradient is wanted: 64 MiB in fp32.
+# Similarities held at once: 64 MiB in fp32.
 _CHUNK = 1 << 24
 
 
@@ -102,8 +103,8 @@ def sinkhorn(
 
     Notes:
         Deterministic, without host synchronisation. O(P K M) work per iteration; between forward and backward
-        O(P (K + M)) memory beside the cost. The backward runs the reference formulas for every backend and
-        has no second derivative.
+        O(P (K + M)) memory beside the cost. On a CPU "envelope" runs compiled code; "implicit" for <P, C> and
+        "unroll" run the reference formulas for every backend. No second derivative.
     """
     checks.check_float("cost", cost)
     if cost.dim() < 2 or 0 in cost.shape[-2:]:
@@ -113,20 +114,7 @@ def sinkhorn(
     *batch, K, M = cost.shape
     flat = cost.reshape(-1, K, M).contiguous()
     rows, cols = _weights("a", a, cost, batch, K), _weights("b", b, cost, batch, M)
-    value, f, g, n_iter, error = _ops.sinkhorn_fwd(
-        flat, rows, cols, float(eps), max_iter, float(tol), score == "value", grad, backend
-    )
-    if not return_plan:
-        return value.view(batch)
-    return SinkhornOutput(
-        value.view(batch),
-        _ops.sinkhorn_plan(flat.detach(), rows, cols, f, g, float(eps)).view(cost.shape),
-        f.view(*batch, K),
-        g.view(*batch, M),
-        n_iter.view(batch),
-        error.view(batch),
-        (error <= (tol if tol > 0 else _FIXED_TOL)).view(batch),
-    )
+    return _solve(flat, rows, cols, batch, eps, max_iter, tol, score, grad, return_plan, backend)
 
 
 def align_similarity(
@@ -165,25 +153,19 @@ def align_similarity(
     checks.check_float("sim", sim)
     check_options(eps, max_iter, tol, score, grad, solver)
     sim = sim.to(checks.accumulate_dtype(sim))
+    *batch, K, M = sim.shape
     if solver == "sinkhorn":
-        out = sinkhorn(
-            1 - sim,
-            a,
-            b,
-            eps=eps,
-            max_iter=max_iter,
-            tol=tol,
-            score=score,
-            grad=grad,
-            return_plan=return_plan,
-            backend=backend,
-        )
+        backend = _backends.resolve(backend, sim)
+    rows, cols = _weights("a", a, sim, batch, K), _weights("b", b, sim, batch, M)
+    if solver == "sinkhorn":
+        # All pairs of one GEMM are solved where they lie.
+        beside = sim.dim() == 4 and not sim.is_contiguous() and sim.transpose(1, 2).is_contiguous()
+        flat = sim.transpose(1, 2) if beside else sim.reshape(-1, K, M).contiguous()
+        out = _solve(flat, rows, cols, batch, eps, max_iter, tol, score, grad, return_plan, backend, True)
         if score == "value":
             return out
         mass = _mass(a, b, sim.dtype)
         return out._replace(score=mass - out.score) if return_plan else mass - out
-    *batch, K, M = sim.shape
-    rows, cols = _weights("a", a, sim, batch, K), _weights("b", b, sim, batch, M)
     flat = sim.reshape(-1, K, M)
     flat = flat.masked_fill((rows == 0)[:, :, None] | (cols == 0)[:, None, :], 0.0)
     plan = closed_form_plan(flat, rows, cols, eps, solver)
@@ -264,8 +246,9 @@ def sinkhorn_align(
 
     Notes:
         One normalisation and one GEMM serve all images and classes; both run in fp32 (fp64), also under
-        autocast. A vector of norm 0 has cosine 0 and gradient 0. Without gradient, images go through in
-        chunks of 2^24 similarities.
+        autocast. A vector of norm 0 has cosine 0 and gradient 0. Beyond 2^24 similarities images go through
+        in chunks, whose similarities the backward computes again; not with return_plan, nor under
+        torch.compile.
     """
     check_options(eps, max_iter, tol, score, grad, solver, backend, nonfinite)
     if cu_tokens is not None:
@@ -297,10 +280,16 @@ def sinkhorn_align(
 
     size = patches.shape[1] * tokens.shape[-2] * (C if pairwise else 1)
     wanted = torch.is_grad_enabled() and (p.requires_grad or s.requires_grad)
-    if return_plan or wanted or torch.compiler.is_compiling() or B * size <= _CHUNK:
+    if return_plan or torch.compiler.is_compiling() or B * size <= _CHUNK:
         return align(slice(None))
     step = max(1, _CHUNK // size)
-    return torch.cat([align(slice(i, i + step)) for i in range(0, B, step)])
+    chunks = (slice(i, i + step) for i in range(0, B, step))
+    if not wanted:
+        return torch.cat([align(chunk) for chunk in chunks])
+    # The backward computes a chunk's similarities again rather than keep those of all.
+    return torch.cat(
+        [checkpoint(align, chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    )
 
 
 def check_options(
@@ -323,6 +312,39 @@ def check_options(
     checks.check_choice("nonfinite", nonfinite, features.NONFINITE)
     if score == "value" and solver != "sinkhorn":
         raise ValueError(f"score: 'value' is defined for solver 'sinkhorn', got solver {solver!r}")
+
+
+def _solve(
+    cost: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    batch: Sequence[int],
+    eps: float,
+    max_iter: int,
+    tol: float,
+    score: str,
+    grad: str,
+    return_plan: bool,
+    backend: str,
+    similarity: bool = False,
+) -> Any:
+    """The operator on cost [P, K, M] or [B, K, C, M] with weights [P or 1, ...], its outputs in shape."""
+    K, M = rows.shape[-1], cols.shape[-1]
+    eps, tol = float(eps), float(tol)
+    value, f, g, n_iter, error = _ops.sinkhorn_fwd(
+        cost, rows, cols, eps, max_iter, tol, score == "value", grad, backend, similarity
+    )
+    if not return_plan:
+        return value.view(batch)
+    return SinkhornOutput(
+        value.view(batch),
+        _ops.sinkhorn_plan(cost.detach(), rows, cols, f, g, eps, similarity).view(*batch, K, M),
+        f.view(*batch, K),
+        g.view(*batch, M),
+        n_iter.view(batch),
+        error.view(batch),
+        (error <= (tol if tol > 0 else _FIXED_TOL)).view(batch),
+    )
 
 
 def _weights(name: str, weights: Tensor | None, cost: Tensor, batch: Sequence[int], n: int) -> Tensor:

@@ -20,8 +20,9 @@ PYTHON = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 # A module may import modules of lower layers, and those of its own folder.
 LAYERS = [
     {"kernels", "reference", "_native", "_checks"},
-    {"_backends", "_features", "_aliases"},
+    {"_backends", "_aliases"},
     {"_ops"},
+    {"_features"},
     {"transport", "gaussian"},
     {"patches"},
     {"align", "compat"},

@@ -1,4 +1,5 @@
 // spa_fast_core against closed forms and an fp64 log-domain oracle, on every instruction set this processor has.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -38,6 +39,8 @@ struct Problems {
     double tol = 0;
     bool value = false;
     int threads = 1;
+    int64_t C = 1;  // side by side
+    bool similarity = false;
 
     Problems(int64_t P_, int64_t K_, int64_t M_)
         : P(P_), K(K_), M(M_), cost(P * K * M), a(P * K, 1.0f / K), b(P * M, 1.0f / M) {}
@@ -78,22 +81,17 @@ struct Result {
     }
 };
 
+TransportBatch batch(const Problems& p, const void* cost, CostType type) {
+    return {cost, type, p.C, p.similarity, p.a.data(), p.K, p.b.data(), p.M, p.P, p.K, p.M, p.eps};
+}
+
 SinkhornArgs arguments(const Problems& p, const void* cost, CostType type, Result& out) {
     out.score.assign(p.P, kNan);
     out.f.assign(p.P * p.K, kNan);
     out.g.assign(p.P * p.M, kNan);
     out.marginal_error.assign(p.P, kNan);
     out.n_iter.assign(p.P, -1);
-    return {cost,
-            type,
-            p.a.data(),
-            p.K,
-            p.b.data(),
-            p.M,
-            p.P,
-            p.K,
-            p.M,
-            p.eps,
+    return {batch(p, cost, type),
             p.max_iter,
             p.tol,
             p.value,
@@ -107,6 +105,24 @@ SinkhornArgs arguments(const Problems& p, const void* cost, CostType type, Resul
 Result solve(const Problems& p, Isa isa) {
     Result out;
     sinkhorn_fwd(arguments(p, p.cost.data(), CostType::f32, out), p.threads, isa);
+    return out;
+}
+
+std::vector<float> gradient(const Problems& p, const Result& solved, const std::vector<float>& upstream, Isa isa) {
+    std::vector<float> out(p.cost.size(), kNan);
+    sinkhorn_bwd({batch(p, p.cost.data(), CostType::f32), upstream.data(), solved.f.data(), solved.g.data(),
+                  out.data()},
+                 p.threads, isa);
+    return out;
+}
+
+// [P, K, M] as [P / C, K, C, M].
+std::vector<float> side_by_side(const std::vector<float>& from, int64_t C, int64_t K, int64_t M) {
+    std::vector<float> out(from.size());
+    for (int64_t e = 0; e < static_cast<int64_t>(from.size()); ++e) {
+        const int64_t p = e / (K * M), i = e / M % K;
+        out[((p / C * K + i) * C + p % C) * M + e % M] = from[e];
+    }
     return out;
 }
 
@@ -390,6 +406,118 @@ void test_half_costs(Isa isa) {
     }
 }
 
+void test_gradient(Isa isa) {
+    const std::pair<int, int> sizes[] = {{1, 1}, {1, 7}, {5, 1}, {4, 4}, {13, 6}, {32, 16}, {9, 37}};
+    for (const auto& [K, M] : sizes)
+        for (const double eps : {1e-3, 0.03, 0.1, 100.0}) {
+            Problems p = random_problems(70, K, M, 2, K + M);
+            p.eps = eps;
+            set_weights(p.a, K, 3, 0.2);
+            set_weights(p.b, M, 4, 0.2);
+            const Result solved = solve(p, isa);
+            std::vector<float> upstream(p.P);
+            for (int64_t index = 0; index < p.P; ++index) upstream[index] = 0.5f - 0.03f * index;
+            const std::vector<float> got = gradient(p, solved, upstream, isa);
+            for (int64_t e = 0; e < p.P * K * M; ++e) {
+                const int64_t index = e / (K * M), row = e / M, column = index * M + e % M;
+                const double plan =
+                    p.a[row] * double(p.b[column]) *
+                    std::exp((double(solved.f[row]) + solved.g[column] - double(p.cost[e])) / eps);
+                const double want = upstream[index] * plan;
+                const bool weightless = p.a[row] == 0 || p.b[column] == 0;
+                const double tolerance = weightless ? 0 : (2e-6 + 5e-7 / eps) * std::fabs(want) + 1e-30;
+                CHECK(std::fabs(got[e] - (weightless ? 0 : want)) <= tolerance, "%s %dx%d eps %g: %.9g, expected %.9g",
+                      isa_name(isa), K, M, eps, got[e], want);
+            }
+            p.threads = 3;
+            const auto same = [&](const std::vector<float>& x, const std::vector<float>& y) {
+                return !std::memcmp(x.data(), y.data(), x.size() * sizeof(float));
+            };
+            CHECK(same(gradient(p, solved, upstream, isa), got), "threads change bits");
+            Problems beside = p;
+            beside.C = 7;
+            beside.cost = side_by_side(p.cost, 7, K, M);
+            CHECK(solve(beside, isa) == solved, "%s: side by side differs", isa_name(isa));
+            CHECK(same(gradient(beside, solved, upstream, isa), side_by_side(got, 7, K, M)), "side by side differs");
+            for (float& entry : beside.cost) entry = 1 - entry;
+            for (float& entry : p.cost) entry = 1 - (1 - entry);
+            beside.similarity = true;
+            const Result similar = solve(beside, isa);
+            CHECK(similar == solve(p, isa), "%s: a similarity differs from its cost", isa_name(isa));
+            std::vector<float> minus = gradient(p, similar, upstream, isa);
+            for (float& entry : minus) entry = 0 - entry;
+            const std::vector<float> similarity = gradient(beside, similar, upstream, isa);
+            const std::vector<float> cost = side_by_side(minus, 7, K, M);
+            for (size_t e = 0; e < cost.size(); ++e) CHECK(similarity[e] == cost[e], "sign");
+        }
+}
+
+void test_gradient_of_forbidden_and_invalid(Isa isa) {
+    Problems p = random_problems(20, 6, 5);
+    const std::vector<float> ones(p.P, 1);
+    const std::vector<float> clean = gradient(p, solve(p, isa), ones, isa);
+    p.cost[3 * 30 + 12] = kInf;
+    for (int j = 0; j < 5; ++j) p.cost[4 * 30 + 5 + j] = kInf;
+    p.cost[5 * 30] = kNan;
+    p.cost[6 * 30 + 1] = -kInf;
+    for (int i = 0; i < 6; ++i) p.a[7 * 6 + i] = 0;
+    p.cost[7 * 30] = kNan;
+    p.b[8 * 5 + 2] = 0;
+    for (int i = 0; i < 6; ++i) p.cost[8 * 30 + i * 5 + 2] = i % 2 ? kNan : -kInf;
+    p.b[5 * 5 + 4] = 0;
+    const std::vector<float> got = gradient(p, solve(p, isa), ones, isa);
+    CHECK(got[3 * 30 + 12] == 0 && got[3 * 30 + 11] > 0, "forbidden pair");
+    for (int j = 0; j < 5; ++j) CHECK(got[4 * 30 + 5 + j] == 0 && got[4 * 30 + j] > 0, "a row without a finite entry");
+    for (int e = 0; e < 30; ++e) {
+        CHECK(e % 5 == 4 ? got[5 * 30 + e] == 0 : std::isnan(got[5 * 30 + e]), "invalid");
+        CHECK(std::isnan(got[6 * 30 + e]), "invalid");
+        CHECK(got[7 * 30 + e] == 0, "empty");
+        CHECK(e % 5 == 2 ? got[8 * 30 + e] == 0 : got[8 * 30 + e] > 0, "without weight");
+    }
+    for (int problem = 0; problem < 20; ++problem)
+        if (problem < 3 || problem > 8)
+            CHECK(!std::memcmp(&got[problem * 30], &clean[problem * 30], 30 * sizeof(float)), "neighbours");
+}
+
+// A 1x1 problem's gradient is what comes from upstream, rounded to nearest even.
+void test_half_gradients(Isa isa) {
+    Problems p(1 << 16, 1, 1);
+    p.cost.clear();
+    const std::vector<uint16_t> zeros(p.P);
+    const std::vector<float> potentials(p.P);
+    std::vector<float> upstream(p.P);
+    for (int64_t i = 0; i < p.P; ++i) {
+        const uint32_t word = static_cast<uint32_t>(i) << 16 | 0x1000u * (i % 16) | (i % 7 == 0);
+        std::memcpy(&upstream[i], &word, 4);
+    }
+    for (const CostType type : {CostType::f16, CostType::bf16}) {
+        std::vector<uint16_t> got(p.P, 0x1234);
+        sinkhorn_bwd({batch(p, zeros.data(), type), upstream.data(), potentials.data(), potentials.data(), got.data()},
+                     1, isa);
+        for (int64_t i = 0; i < p.P; ++i) {
+            const double x = upstream[i];
+            // Lowest exponent, digits after the point and largest finite value of the format.
+            const int lowest = type == CostType::f16 ? -14 : -126, digits = type == CostType::f16 ? 10 : 7;
+            uint32_t want = 0;
+            if (std::isnan(x)) {
+                want = 0x7fff;
+            } else {
+                const int exponent = x == 0 || std::isinf(x) ? lowest : std::max(lowest, std::ilogb(x));
+                const double steps = std::nearbyint(std::ldexp(std::fabs(x), digits - exponent));
+                const double limit = std::ldexp(1, type == CostType::f16 ? 16 : 128);
+                const double rounded = std::ldexp(steps, exponent - digits);
+                const int infinity = type == CostType::f16 ? 0x7c00 : 0x7f80;
+                const uint32_t bits = static_cast<uint32_t>((exponent - lowest) << digits);
+                want = rounded >= limit ? infinity : bits + static_cast<uint32_t>(steps);
+            }
+            const uint32_t sign = std::signbit(x) ? 0x8000 : 0;
+            const bool nan = (got[i] & 0x7fff) > (type == CostType::f16 ? 0x7c00 : 0x7f80);
+            CHECK(want == 0x7fff ? nan : got[i] == (want | sign) || (want == 0 && (got[i] & 0x7fff) == 0),
+                  "%s %.9g: %x, expected %x", isa_name(isa), x, got[i], want | sign);
+        }
+    }
+}
+
 void test_bad_arguments() {
     const auto refused = [](Problems p, Isa isa) {
         try {
@@ -410,6 +538,10 @@ void test_bad_arguments() {
     p.max_iter = 1;
     p.tol = -1;
     CHECK(refused(p, Isa::portable), "tol");
+    p.tol = 0;
+    p.C = 2;
+    CHECK(refused(p, Isa::portable), "C");
+    p.C = 1;
     CHECK(solve(Problems(0, 2, 2), Isa::portable).score.empty(), "P = 0");
 }
 
@@ -427,6 +559,9 @@ int main() {
         test_batch_invariance(isa);
         test_masked_suffix_is_a_slice(isa);
         test_half_costs(isa);
+        test_gradient(isa);
+        test_gradient_of_forbidden_and_invalid(isa);
+        test_half_gradients(isa);
         std::printf("%s: %d failures so far\n", isa_name(isa), failures);
     }
     test_bad_arguments();

@@ -146,13 +146,6 @@ def test_divergence_in_the_last_step_is_seen(colours, backbone, tmp_path):
         batch_size=64,
         fusion_weight=0.0,
         local_loss_weight=0.0,
-        projector="identity_first",
-        lr=1e3,
-        weight_decay=1e38,
-        epochs=1,
-        batch_size=64,
-        fusion_weight=0.0,
-        local_loss_weight=0.0,
     )
     with pytest.raises(RunError, match="diverge"):
         run(colours, backbone, tmp_path, spa, seed=3)

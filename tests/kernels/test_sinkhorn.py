@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from spa_fast.kernels import TileConfig, fits, sinkhorn_fwd
+from spa_fast.kernels import BlockConfig, TileConfig, sinkhorn_fwd
 from tolerance import TABLE, plan_rtol
 from torch import Tensor
 
@@ -31,9 +29,18 @@ def oracle(cost: Tensor, a: Tensor, b: Tensor, *rest: float) -> tuple[Tensor, ..
     return reference.sinkhorn_fwd(cost.double().cpu(), a.double().cpu(), b.double().cpu(), *rest)
 
 
-def check(cost: Tensor, a: Tensor, b: Tensor, eps: float, max_iter: int, tol: float, value: bool) -> tuple:
+def check(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    max_iter: int,
+    tol: float,
+    value: bool,
+    config: BlockConfig | None = None,
+) -> tuple:
     """All five outputs; arithmetic is fp32 for every input dtype, so is the tolerance."""
-    got = sinkhorn_fwd(cost, a, b, eps, max_iter, tol, value)
+    got = sinkhorn_fwd(cost, a, b, eps, max_iter, tol, value, config)
     want = oracle(cost, a, b, eps, max_iter, tol, value)
     table, plan = TABLE[torch.float32], plan_rtol(torch.float32, cost, eps)
     # Where the plan is known less well than the table's 2e-5, so is its score.
@@ -185,17 +192,19 @@ def test_sinkhorn_fwd_problem_without_mass_is_zero(device: str, value: bool) -> 
     assert not any(t[:3].any() for t in outputs)
 
 
-def test_sinkhorn_fwd_nan_stays_in_its_problem(device: str) -> None:
+@pytest.mark.parametrize("bad", [NAN, -INF])
+def test_sinkhorn_fwd_nan_stays_in_its_problem(device: str, bad: float) -> None:
     cost, a, b = problems(device, 4, 7, 5)
     a[1, 6] = 0
     clean = sinkhorn_fwd(cost, a, b, 0.1, 10, 1e-3, False)
-    cost[1, 2, 3] = NAN
+    cost[1, 2, 3] = bad
     score, f, g, n_iter, error = sinkhorn_fwd(cost, a, b, 0.1, 10, 1e-3, False)
     assert score[1].isnan()
     assert f[1, :6].isnan().all()
     assert f[1, 6] == 0
     assert g[1].isnan().all()
     assert error[1].isnan()
+    assert n_iter[1] == 0
     for x, y in zip((score, f, g, n_iter, error), clean, strict=True):
         assert torch.equal(x[[0, 2, 3]], y[[0, 2, 3]])
 
@@ -249,9 +258,47 @@ def test_sinkhorn_fwd_config_changes_only_rounding(device: str, config: TileConf
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_sinkhorn_fwd_refuses_a_tile_that_would_spill(device: str) -> None:
-    assert fits(256, 32)
-    assert not fits(256, 33)
-    cost, a, b = problems(device, 1, 129, 64)
-    with pytest.raises(ValueError, match="at most 8192 entries, got 129 x 64"):
-        sinkhorn_fwd(cost, a, b, 0.1, 5, math.inf, False)
+# What passes over the cost in blocks obeys the same contract; small blocks stand for large problems.
+BLOCKS = BlockConfig(1, 16)
+
+
+@pytest.mark.parametrize("value", [False, True], ids=["transport", "value"])
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 0.1), (torch.float16, 1e-3)], ids=str)
+def test_sinkhorn_fwd_in_blocks_matches_the_oracle(
+    device: str, dtype: torch.dtype, eps: float, value: bool
+) -> None:
+    check(*problems(device, 2, 7, 5, dtype), eps, 6, 1e-3, value, BLOCKS)
+
+
+@pytest.mark.parametrize("value", [False, True], ids=["transport", "value"])
+def test_sinkhorn_fwd_in_blocks_forbidden_empty_and_bad(device: str, value: bool) -> None:
+    cost, a, b = problems(device, 6, 7, 5)
+    cost[0, 2, 1:4], cost[1, 3, :], cost[2, :, 4] = INF, INF, INF
+    a[3], b[4, 2:] = 0, 0
+    cost[4, :, 2:], cost[5, 1, 1] = NAN, -INF
+    check(*(x[:4].contiguous() for x in (cost, a, b)), 0.1, 12, 1e-3, value, BLOCKS)
+    run = (0.1, 5, 1e-3, value, BLOCKS)
+    whole = [x[4] for x in sinkhorn_fwd(cost, a, b, *run)]
+    short = sinkhorn_fwd(cost[4:5, :, :2].contiguous(), a[4:5], b[4:5, :2].contiguous(), *run)
+    for x, y in zip(whole, short, strict=True):
+        assert torch.equal(x[: y[0].numel()] if x.dim() else x, y[0])
+    assert not whole[2][2:].any()
+    out = sinkhorn_fwd(cost[4:], a[4:], b[4:], *run)
+    assert all(x[1].isnan().all() for x in (out[0], out[1], out[2], out[4]))
+    assert out[3][1] == 0
+
+
+def test_sinkhorn_fwd_past_the_registers_takes_blocks(device: str) -> None:
+    """256 x 33 pads to 16384 entries; one iteration, the interpreter being slow."""
+    check(*problems(device, 1, 256, 33), 0.1, 2, 0.0, False)
+
+
+def test_sinkhorn_fwd_large_costs_stay_finite_in_blocks(device: str) -> None:
+    for t in sinkhorn_fwd(*problems(device, 2, 7, 5, scale=1e4), 1e-4, 6, 1e-3, True, BLOCKS):
+        assert t.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("K", "M"), [(256, 256), (197, 63), (64, 256)])
+def test_sinkhorn_fwd_in_blocks_on_a_device(K: int, M: int) -> None:
+    check(*problems("cuda", 5, K, M, torch.float16), 0.05, 40, 1e-3, False)

@@ -1,13 +1,14 @@
-"""spa_fast._C.sinkhorn_fwd, called through raw pointers, against the fp64 reference."""
+"""spa_fast._C.sinkhorn_fwd and sinkhorn_bwd, called through raw pointers, against the fp64 reference."""
 
 import math
 
 import pytest
 import torch
+from tolerance import assert_grad
 from torch import Tensor
 
 from spa_fast._native import extension, native_info
-from spa_fast.reference.sinkhorn import sinkhorn_fwd
+from spa_fast.reference.sinkhorn import sinkhorn_bwd, sinkhorn_fwd
 
 _C = extension()
 if _C is None:
@@ -46,8 +47,11 @@ def native(
     value: bool = False,
     threads: int = 1,
     isa: str = "auto",
+    C: int = 1,
+    similarity: bool = False,
 ) -> tuple[Tensor, ...]:
-    P, K, M = cost.shape
+    P, K, M = a.shape[0], a.shape[1], b.shape[1]
+    P = max(P, cost.numel() // (K * M))
     score, f, g, error = (torch.full(size, math.nan) for size in ((P,), (P, K), (P, M), (P,)))
     n_iter = torch.full((P,), -1, dtype=torch.int32)
     strides = [0 if weights.shape[0] == 1 else weights.shape[1] for weights in (a, b)]
@@ -55,8 +59,36 @@ def native(
         *(cost.data_ptr(), DTYPES[cost.dtype], a.data_ptr(), strides[0], b.data_ptr(), strides[1]),
         *(P, K, M, eps, max_iter, tol, value),
         *(score.data_ptr(), f.data_ptr(), g.data_ptr(), n_iter.data_ptr(), error.data_ptr(), threads, isa),
+        C=C,
+        similarity=similarity,
     )
     return score, f, g, n_iter, error
+
+
+def native_bwd(
+    grad_score: Tensor,
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    *,
+    eps: float = 0.1,
+    threads: int = 1,
+    isa: str = "auto",
+    C: int = 1,
+    similarity: bool = False,
+) -> Tensor:
+    out = torch.full_like(cost, math.nan)
+    strides = [0 if weights.shape[0] == 1 else weights.shape[1] for weights in (a, b)]
+    _C.sinkhorn_bwd(
+        *(grad_score.data_ptr(), cost.data_ptr(), DTYPES[cost.dtype]),
+        *(a.data_ptr(), strides[0], b.data_ptr(), strides[1], f.data_ptr(), g.data_ptr()),
+        *(f.shape[0], f.shape[1], g.shape[1], eps, out.data_ptr(), threads, isa),
+        C=C,
+        similarity=similarity,
+    )
+    return out
 
 
 ISAS = [isa for isa in ("portable", "avx2", "avx512") if isa in COMPILED and usable(isa)]
@@ -141,6 +173,93 @@ def test_sinkhorn_fwd_large_costs_stay_finite(isa: str, eps: float) -> None:
         assert x.isfinite().all()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eps", [0.03, 0.1, 1.0, 100.0])
+def test_sinkhorn_bwd_matches_reference(isa: str, dtype: torch.dtype, eps: float) -> None:
+    for K, M in [(1, 1), (32, 16), (16, 5), (7, 63), (196, 20)]:
+        cost, a, b = problems(21, K, M, dtype)
+        if K > 3 and M > 3:
+            a[:, 2], b[:, 1] = 0, 0
+            a, b = a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True)
+        exact = [x.double() for x in (cost, a, b)]
+        _, f, g, n_iter, _ = sinkhorn_fwd(*exact, eps, 30, 0.0, False)
+        upstream = torch.randn(21)
+        want = sinkhorn_bwd(upstream.double(), *exact, f, g, n_iter, eps, False, "envelope")
+        _, f, g, _, _ = native(cost, a, b, eps=eps, max_iter=30, isa=isa)
+        wide = native_bwd(upstream, cost.float(), a, b, f, g, eps=eps, isa=isa)
+        assert_grad(wide, want, torch.float32)
+        got = native_bwd(upstream, cost, a, b, f, g, eps=eps, isa=isa)
+        assert torch.equal(got, wide.to(dtype))
+        weightless = (a == 0)[:, :, None] | (b == 0)[:, None, :]
+        assert not got[weightless].any()
+        shared = native_bwd(upstream, cost, a[:1], b[:1], f, g, eps=eps, isa=isa)
+        assert torch.equal(shared[0], got[0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("eps", [1e-4, 1e-3])
+def test_sinkhorn_bwd_small_eps(isa: str, eps: float) -> None:
+    """At these potentials, rounded to fp32, entries are right to the rounding of C / eps."""
+    cost, a, b = problems(40, 12, 9)
+    _, f, g, n_iter, _ = native(cost, a, b, eps=eps, max_iter=200, isa=isa)
+    exact = [x.double() for x in (cost, a, b, f, g)]
+    want = sinkhorn_bwd(torch.ones(40).double(), *exact, n_iter, eps, False, "envelope")
+    got = native_bwd(torch.ones(40), cost, a, b, f, g, eps=eps, isa=isa).double()
+    torch.testing.assert_close(got, want, rtol=8 * 2.0**-24 * 2 / eps, atol=1e-30)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sinkhorn_bwd_forbidden_invalid_and_empty(isa: str) -> None:
+    cost, a, b = problems(8, 6, 5)
+    cost[1, 2, 3] = math.inf
+    cost[2, 1] = math.inf
+    cost[3, 0, 0] = math.nan
+    b[3, 4] = 0
+    a[4] = 0
+    b[5, 2], cost[5, :, 2] = 0, math.nan
+    _, f, g, _, _ = native(cost, a, b, isa=isa)
+    got = native_bwd(torch.ones(8), cost, a, b, f, g, isa=isa)
+    assert got[1, 2, 3] == 0
+    assert got[1].count_nonzero() == 29
+    assert not got[2, 1].any()
+    assert got[3, :, :4].isnan().all()
+    assert not got[3, :, 4].any()
+    assert not got[4].any()
+    assert not got[5, :, 2].any()
+    assert got[[0, 1, 2, 5, 6, 7]].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [5, 16, 23])
+def test_sinkhorn_beside_and_similarity_change_no_bit(isa: str, dtype: torch.dtype, M: int) -> None:
+    """[B, K, C, M] of similarities against [B * C, K, M] of their costs; and one problem against all."""
+    B, C, K, options = 3, 9, 12, {"isa": isa, "eps": 0.05}
+    cost, a, b = problems(B * C, K, M)
+    sim = (1 - cost).to(dtype)
+    cost = 1 - sim.float()
+    wide = sim.view(B, C, K, M).transpose(1, 2).contiguous()
+    upstream = torch.randn(B * C)
+    solved = native(cost, a, b, tol=1e-3, **options)
+    assert same(native(wide, a, b, C=C, similarity=True, tol=1e-3, threads=2, **options), solved)
+    want = native_bwd(upstream, cost, a, b, *solved[1:3], **options)
+    got = native_bwd(upstream, wide, a, b, *solved[1:3], C=C, similarity=True, threads=2, **options)
+    assert torch.equal(got.transpose(1, 2).reshape(B * C, K, M), -want.to(dtype))
+    for p in (0, 13, 26):
+        one = slice(p, p + 1)
+        alone = [x[one].contiguous() for x in (upstream, cost, a, b, *solved[1:3])]
+        assert torch.equal(native_bwd(*alone, **options), want[one])
+
+
+def test_sinkhorn_bwd_instruction_sets_agree() -> None:
+    cost, a, b = problems(50, 32, 16)
+    _, f, g, _, _ = native(cost, a, b)
+    first, *others = (native_bwd(torch.ones(50), cost, a, b, f, g, isa=isa) for isa in ISAS)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=5e-6, atol=1e-12)
+
+
 def test_sinkhorn_fwd_refuses() -> None:
     with pytest.raises(ValueError, match="isa"):
         native(*problems(1, 2, 2), isa="sse9")
@@ -148,6 +267,13 @@ def test_sinkhorn_fwd_refuses() -> None:
         native(*problems(1, 257, 2))
     with pytest.raises(ValueError, match="eps"):
         native(*problems(1, 2, 2), eps=math.nan)
+    with pytest.raises(ValueError, match="C must divide"):
+        native(*problems(3, 2, 2), C=2)
+    cost, a, b = problems(1, 2, 2)
+    with pytest.raises(ValueError, match="eps"):
+        native_bwd(a[:, 0], cost, a, b, a, b, eps=0.0)
+    with pytest.raises(ValueError, match="isa"):
+        native_bwd(a[:, 0], cost, a, b, a, b, isa="sse9")
 
 
 def test_build_info() -> None:

@@ -16,6 +16,8 @@ from torch.nn.functional import normalize
 
 from spa_fast import PatchAligner, SinkhornAlign, sinkhorn, sinkhorn_align, spa_scores, transport
 
+OPS = torch.ops.spa_fast
+
 
 def features(B: int = 3, C: int = 4, K: int = 6, M: int = 5, D: int = 8) -> tuple[Tensor, Tensor]:
     return torch.randn(B, K, D), torch.randn(C, M, D)
@@ -266,6 +268,82 @@ def test_align_chunks_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     for t, want in zip((tokens, own), whole, strict=True):
         torch.testing.assert_close(SinkhornAlign()(patches, t, a, b), want)
     torch.testing.assert_close(SinkhornAlign.paired()(patches, own[:, 0], a, b[:, 0]), paired)
+
+
+@pytest.mark.parametrize("form", ["tokens", "own", "paired"])
+def test_align_chunks_with_gradient(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    patches, tokens = (x.requires_grad_() for x in features(7, 4))
+    if form != "tokens":
+        tokens = torch.randn(7, 4, 5, 8, requires_grad=True)
+    align = SinkhornAlign(pairwise=form != "paired")
+    args = patches, tokens[:, 0] if form == "paired" else tokens, torch.rand(7, 6) + 0.1
+    upstream = torch.randn(7) if form == "paired" else torch.randn(7, 4)
+    whole = align(*args)
+    want = torch.autograd.grad(whole, (patches, tokens), upstream)
+    monkeypatch.setattr(transport, "_CHUNK", 300 if form != "paired" else 70)
+    chunked = align(*args)
+    torch.testing.assert_close(chunked, whole)
+    torch.testing.assert_close(torch.autograd.grad(chunked, (patches, tokens), upstream), want)
+
+
+@pytest.mark.parametrize("grad", transport.GRADS)
+@pytest.mark.parametrize("score", transport.SCORES)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_align_similarity_reads_every_layout(grad: str, score: str, backend: str) -> None:
+    """As one GEMM leaves it, [B, K, C, M], and as [B, C, K, M]."""
+    wide = torch.rand(3, 6, 4, 5, requires_grad=True)
+    a, b, upstream = torch.rand(3, 1, 6) + 0.1, torch.rand(4, 5) + 0.1, torch.randn(3, 4)
+    options = {"grad": grad, "score": score, "return_plan": True, "tol": 1e-6, "max_iter": 500}
+    outs, grads = [], []
+    for sim, name in (
+        (wide.transpose(1, 2), backend),
+        (wide.transpose(1, 2).contiguous(), backend),
+        (wide.transpose(1, 2), "reference"),
+    ):
+        outs.append(transport.align_similarity(sim, a, b, backend=name, **options))
+        grads += torch.autograd.grad(outs[-1].score, wide, upstream)
+    for x, y in zip(outs[0], outs[1], strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(grads[0], grads[1])
+    torch.testing.assert_close(outs[0].score, outs[2].score)
+    torch.testing.assert_close(grads[0], grads[2], rtol=1e-4, atol=1e-6)
+    cost = 1 - wide.detach().transpose(1, 2)
+    want = sinkhorn(cost, a, b, score=score, tol=1e-6, max_iter=500, backend=backend)
+    assert torch.equal(outs[0].score, want if score == "value" else 1 - want)
+
+
+@pytest.mark.parametrize("size", [(3, 6, 4, 5), (0, 6, 4, 5), (3, 6, 0, 5)])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_align_opcheck(size: tuple[int, ...], backend: str) -> None:
+    sim = torch.rand(size, requires_grad=True)
+    a, b = torch.full((1, 6), 1 / 6), torch.full((1, 5), 1 / 5)
+    args = (sim, a, b, 0.1, 8, 1e-3, False, "envelope", backend, True)
+    torch.library.opcheck(OPS._sinkhorn_fwd.default, args)
+    with torch.no_grad():
+        score, f, g, n_iter, _ = OPS._sinkhorn_fwd(*args)
+    sim = sim.detach()
+    torch.library.opcheck(
+        OPS._sinkhorn_bwd.default, (score, sim, a, b, f, g, n_iter, 0.1, False, "envelope", backend, True)
+    )
+    torch.library.opcheck(OPS._sinkhorn_plan.default, (sim, a, b, f, g, 0.1, True))
+
+
+def test_unit_op() -> None:
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(OPS._unit, x)
+    torch.autograd.gradgradcheck(OPS._unit, x)
+    torch.library.opcheck(OPS._unit.default, (torch.randn(2, 3, 4, requires_grad=True),))
+    # Far from 1 a norm is taken in fp64, which changes no other row.
+    x = torch.randn(4, 16)
+    want = normalize(x.double(), dim=-1)
+    alone, _ = OPS._unit(x[2:])
+    scaled = x * torch.tensor([[1e-30], [1e37], [1.0], [1.0]])
+    y, inverse = OPS._unit(scaled)
+    torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        inverse.double() * scaled.double().norm(dim=-1, keepdim=True), want.new_ones(4, 1)
+    )
+    assert torch.equal(y[2:], alone)
 
 
 def test_align_layouts() -> None:

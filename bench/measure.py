@@ -1,0 +1,60 @@
+"""One call looked at closely: how long it took and how much memory it had at most beyond what was there."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def synchronised(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` until its result is there."""
+    if not torch.cuda.is_available():
+        return run
+
+    def wait() -> Any:
+        out = run()
+        torch.cuda.synchronize()
+        return out
+
+    return wait
+
+
+def seconds_and_peak_mb(run: Callable[[], Any]) -> tuple[float, float | None, Any]:
+    """Wall time, peak of memory above the state before in MB (None where nobody counts it), result."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before: float | None = torch.cuda.memory_allocated() / 1e6
+    else:
+        before = _reset_resident()
+    start = time.perf_counter()
+    out = run()
+    took = time.perf_counter() - start
+    if before is None:
+        return took, None, out
+    peak = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else _resident("VmHWM")
+    return took, max(0.0, peak - before), out
+
+
+def _reset_resident() -> float | None:
+    """Sets the process's high-water mark to what it holds now, freed memory handed back; Linux only."""
+    if sys.platform != "linux":
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _resident("VmRSS")
+
+
+def _resident(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field))
