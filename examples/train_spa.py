@@ -21,11 +21,14 @@ from spa_fast.cil.projectors import ProjectorBank
 
 INCREMENT, EPOCHS, BATCH, K, REPLAY, LOCAL = 10, 10, 64, 16, 4, 0.3
 
-data_dir, backbone_name, descriptions_file, classnames_file = sys.argv[1:5]
+if len(sys.argv) != 5:
+    sys.exit(__doc__)
+data_dir, backbone_name, descriptions_file, classnames_file = sys.argv[1:]
 torch.manual_seed(1)
 backbone = load_backbone(backbone_name)
 data = read_image_folders(Path(data_dir), Path(classnames_file))
 descriptions = read_descriptions(Path(descriptions_file), data.names)
+per_class = min(len(lines) for lines in descriptions)
 features = FeatureCache(Path("runs/feature_cache"), data, backbone)
 order = class_order(len(data.folders), seed=1993)
 tasks = split_tasks(len(order), 0, INCREMENT)
@@ -48,20 +51,21 @@ def local_scores(patches, frozen_patches):
 
 visual, textual = ProjectorBank(width), ProjectorBank(width)
 images, parts = GaussianBank(), GaussianBank()
-prompts, tokens = torch.zeros(0, width), torch.zeros(0, 6, width)
+prompts, tokens = torch.zeros(0, width), torch.zeros(0, per_class, width)
 accuracies = []
 
 for labels in tasks:
-    # Texts of the new classes: one prompt, six descriptions.
+    # Texts of the new classes: one prompt and as many descriptions as every class has.
     names = [data.names[order[label]] for label in labels]
     prompts = torch.cat([prompts, backbone.encode_texts([f"a photo of a {n}." for n in names])])
     for name, label in zip(names, labels, strict=True):
-        lines = [f"{name} with {d.lower()}" for d in descriptions[order[label]]]
+        lines = [f"{name} with {d.lower()}" for d in descriptions[order[label]][:per_class]]
         tokens = torch.cat([tokens, backbone.encode_texts(lines)[None]])
 
     # Train this task's projectors; those of earlier tasks are frozen inside the banks.
     x, p, y = load("train", labels)
-    visual.add_task(), textual.add_task()
+    visual.add_task()
+    textual.add_task()
     optimizer = torch.optim.SGD(visual.trainable() + textual.trainable(), 0.05, 0.9, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     for _ in range(EPOCHS):
