@@ -26,7 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info.pop("node", None)
+    for private in ("node", "release", "python_build"):
+        machine_info.pop(private, None)
     machine_info.get("cpu", {}).pop("flags", None)
     cpu = machine_info.get("cpu", {}).get("brand_raw") or machine_info.get("machine", "CPU")
     machine_info["torch"] = torch.__version__

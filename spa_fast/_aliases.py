@@ -12,7 +12,7 @@ from spa_fast import _checks as checks
 _ALIASES: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
     "reg": ("eps", None),
     "epsilon": ("eps", None),
-    "blur": ("eps", lambda blur: blur**2),
+    "blur": ("eps", lambda blur: blur * abs(blur)),
     "numItermax": ("max_iter", None),
     "iters": ("max_iter", None),
     "max_iterations": ("max_iter", None),

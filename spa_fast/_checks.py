@@ -30,10 +30,11 @@ def check_float(name: str, x: Tensor) -> None:
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
-    """Same device and, unless dtype=False, the same dtype."""
+    """Same device and, unless dtype=False, the same dtype; under autocast one accumulate dtype will do."""
     if x.device != other.device:
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
-    if dtype and x.dtype != other.dtype:
+    mixed = torch.is_autocast_enabled(x.device.type) and accumulate_dtype(x) == accumulate_dtype(other)
+    if dtype and x.dtype != other.dtype and not mixed:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {x.dtype}")
 
 

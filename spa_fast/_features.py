@@ -134,9 +134,9 @@ def pad_ragged(
     offsets = list(cu_tokens)
     total = tokens.shape[0]
     lengths = [end - start for start, end in pairwise(offsets)]
-    if not offsets or offsets[0] != 0 or offsets[-1] != total or min(lengths, default=0) < 0:
+    if not offsets or offsets[0] != 0 or offsets[-1] != total or any(n < 0 for n in lengths):
         raise ValueError(f"cu_tokens: expected offsets rising from 0 to {total} tokens, got {offsets}")
-    M = max(lengths, default=0) or 1
+    M = max([1, *lengths])
     step = torch.arange(M, device=tokens.device)
     start = torch.tensor(offsets[:-1], dtype=torch.int64, device=tokens.device)[:, None]
     mask = step < torch.tensor(lengths, dtype=torch.int64, device=tokens.device)[:, None]

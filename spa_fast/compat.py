@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,7 +131,8 @@ class SamplesLoss(nn.Module):
         loss(a, x, b, y)  # weights [B, N], [B, M] or [N], [M]; constants
 
     Notes:
-        The gradient with respect to the points is exact at convergence.
+        The gradient with respect to the points is exact at convergence. Iterations are plain: at a small blur
+        they may not converge, which is warned of on a CPU; there is no scaling of eps.
     """
 
     def __init__(
@@ -188,9 +190,24 @@ class SamplesLoss(nn.Module):
     def _value(self, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
         eps = self.blur**self.p
         cost = self._cost(x[None], y[None])[0] if x.dim() == 2 else self._cost(x, y)
-        value: Tensor = transport.sinkhorn(
-            cost, a, b, eps=eps, max_iter=self.max_iter, tol=self.tol, score="value", backend=self.backend
+        out = transport.sinkhorn(
+            cost,
+            a,
+            b,
+            eps=eps,
+            max_iter=self.max_iter,
+            tol=self.tol,
+            score="value",
+            return_plan=True,
+            backend=self.backend,
         )
+        value: Tensor = out.score
+        if checks.values_checkable(cost) and not bool(out.converged.all()):
+            warnings.warn(
+                f"SamplesLoss: not converged after {self.max_iter} iterations, marginal error up to "
+                f"{float(out.marginal_error.max()):.1e}; raise blur ({self.blur}) or max_iter",
+                stacklevel=3,
+            )
         if a is None:
             return value
         # In GeomLoss's dual the weights are not normalised: of mass m, the potentials shift by -eps log m.

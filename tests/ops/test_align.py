@@ -448,3 +448,29 @@ def test_align_on_a_gpu_matches_the_cpu() -> None:
     torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="device"):
         SinkhornAlign()(patches.cuda(), tokens)
+
+
+def test_compiled_ragged_classes_of_any_lengths() -> None:
+    align = torch.compile(SinkhornAlign(), fullgraph=True)
+    patches, tokens = torch.randn(2, 4, 8), torch.randn(30, 8)
+    for offsets in ((0, 4, 10, 30), (0, 5, 12, 30), (0, 0, 29, 30)):
+        found = align(patches, tokens, cu_tokens=offsets)
+        torch.testing.assert_close(found, SinkhornAlign()(patches, tokens, cu_tokens=offsets))
+
+
+def test_autocast_features_meet_cached_fp32_tokens() -> None:
+    linear, patches, tokens = torch.nn.Linear(8, 8), torch.randn(2, 4, 8), torch.randn(3, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        projected = linear(patches)
+        assert projected.dtype == torch.bfloat16
+        scores = SinkhornAlign()(projected, tokens)
+    scores.sum().backward()
+    assert scores.dtype == torch.float32
+    assert linear.weight.grad.isfinite().all()
+    with pytest.raises(TypeError, match="tokens: expected the dtype of patches"):
+        SinkhornAlign()(projected, tokens)
+
+
+def test_negative_blur_is_refused() -> None:
+    with pytest.raises(ValueError, match="eps"):
+        SinkhornAlign(blur=-0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -259,3 +260,12 @@ def test_ott_agrees_on_plan_value_and_gradient() -> None:
     torch.testing.assert_close(out.plan, torch.tensor(plan.tolist()), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(leaf.grad, torch.tensor(grad.tolist()), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(out.score, torch.tensor(float(ott_value)), rtol=1e-4, atol=1e-4)
+
+
+def test_samples_loss_says_when_it_has_not_converged() -> None:
+    x, y = torch.randn(3, 10, 4), torch.randn(3, 12, 4)
+    with pytest.warns(UserWarning, match="SamplesLoss: not converged after 5 iterations"):
+        SamplesLoss(blur=0.05, debias=False, max_iter=5)(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SamplesLoss(blur=1.0, debias=False)(x, y)
