@@ -136,6 +136,10 @@ def draw_overlay(
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
+
+    # White with a dark rim shows on every background.
+    rim = [withStroke(linewidth=3, foreground="black")]
 
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
@@ -143,18 +147,17 @@ def draw_overlay(
     cell_w, cell_h = image.width / grid, image.height / grid
     for rank, index in enumerate(kept):
         y, x = divmod(int(index), grid)
-        left.add_patch(
-            Rectangle((x * cell_w, y * cell_h), cell_w, cell_h, fill=False, edgecolor="yellow", linewidth=1.6)
-        )
-        left.text(
-            (x + 0.5) * cell_w,
-            (y + 0.5) * cell_h,
-            str(rank + 1),
-            color="yellow",
-            fontsize=7,
-            ha="center",
-            va="center",
-        )
+        corner = (x * cell_w, y * cell_h)
+        outline: dict[str, Any] = {"fill": False, "edgecolor": "white", "linewidth": 1.4, "path_effects": rim}
+        left.add_patch(Rectangle(corner, cell_w, cell_h, **outline))
+        text: dict[str, Any] = {
+            "color": "white",
+            "fontsize": 8,
+            "ha": "center",
+            "va": "center",
+            "path_effects": rim,
+        }
+        left.text((x + 0.5) * cell_w, (y + 0.5) * cell_h, str(rank + 1), **text)
     left.set_title("kept patches, best first", fontsize=9)
     middle.imshow(image, alpha=0.35, extent=(0, grid, grid, 0))
     heat = middle.imshow(relevance.reshape(grid, grid), extent=(0, grid, grid, 0), alpha=0.7, cmap="viridis")
