@@ -136,6 +136,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(colours, backbone, tmp_path):
             run(colours, backbone, tmp_path, dataclasses.replace(spa, lr=1e30, epochs=9))
 
 
+@pytest.mark.parametrize(
+    ("epochs", "rates"),
+    [(1, [1.0]), (2, [1.0, 0.1]), (10, [1.0] * 4 + [0.1] * 4 + [0.01] * 2)],
+)
+def test_step_schedule_starts_at_the_full_rate(epochs, rates):
+    method = Spa(SpaConfig(schedule="step", epochs=epochs, lr=1.0), width=4, logit_scale=20.0)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule, found = method._schedule(optimizer), []
+    for _ in range(epochs):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert found == pytest.approx(rates)
+
+
 def test_divergence_in_the_last_step_is_seen(colours, backbone, tmp_path):
     spa = dataclasses.replace(
         QUICK,

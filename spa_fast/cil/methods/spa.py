@@ -174,7 +174,8 @@ class Spa(Method):
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         epochs = self.config.epochs
         if self.config.schedule == "step":
-            return torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(0.4 * epochs), int(0.75 * epochs)])
+            drops = [math.ceil(0.4 * epochs), math.ceil(0.75 * epochs)]
+            return torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 
     def state_dict(self) -> dict[str, Tensor]:
