@@ -112,7 +112,7 @@ setup(
     packages=[*find_packages(include=["spa_fast", "spa_fast.*"]), "spa_fast.kernels"],
     package_dir={"spa_fast.kernels": "kernels"},
     package_data={
-        "spa_fast": ["py.typed", "cil/demo/tiny_clip/*"],
+        "spa_fast": ["py.typed", "cil/demo/tiny_clip/*", "cil/data/*.json", "cil/descriptions/*.json"],
         "spa_fast.kernels": ["configs/*.json"],
     },
     ext_modules=[] if MISSING else [native],

@@ -1,19 +1,26 @@
-"""Command line: spa-fast train | eval | predict | demo | env."""
+"""Command line: spa-fast COMMAND; `main` lists them."""
 
 from __future__ import annotations
 
+import argparse
+import functools
+import itertools
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
+from spa_fast.cil.data.catalog import DataSet, find_folder
+from spa_fast.cil.descriptions.describe_config import DescribeConfig
 from spa_fast.cil.errors import RunError
 from spa_fast.cil.run_config import RunConfig
+from spa_fast.cil.tracking import TrackerName
 
 
 def say(line: str) -> None:
@@ -22,16 +29,67 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def train(config: OmitArgPrefixes[RunConfig], out: Path) -> None:
+def train(
+    config: OmitArgPrefixes[RunConfig],
+    out: Path | None = None,
+    data_root: Path | None = None,
+    config_file: Annotated[Path | None, arg(name="config")] = None,
+    track: TrackerName = "none",
+) -> None:
     """Train a method over all tasks and write a run folder.
 
     Args:
         config: settings of the run.
-        out: run folder; must not exist or be empty.
+        out: run folder; must not exist or be empty. Default runs/ and a name from data, split, method,
+            backbone with weights, and seed.
+        data_root: folder of several data sets, where --preset and --config look for theirs.
+        config_file: experiment JSON of ENGINE, AREA, C3Box or PILOT to start from; every key is answered.
+        track: where figures go beside metrics.jsonl; each tracker is an extra of the same name.
     """
+    from spa_fast.cil.presets import run_name
     from spa_fast.cil.train import train as run
 
-    run(config, out, say)
+    run(config, out or Path("runs") / run_name(config), say, track)
+
+
+def start(argv: list[str]) -> tuple[RunConfig | None, list[str]]:
+    """What `train` starts from: the settings of --preset or --config, and the other arguments."""
+    from spa_fast.cil.lamda_json import read_experiment
+    from spa_fast.cil.presets import parse_preset, preset_config
+
+    parser = argparse.ArgumentParser("spa-fast train", add_help=False, allow_abbrev=False)
+    for flag in ("--preset", "--config"):
+        parser.add_argument(flag)
+    for flag in ("--data-root", "--data"):
+        parser.add_argument(flag, flag.replace("a-", "a_"), type=Path)
+    known, rest = parser.parse_known_args(argv)
+    data = [] if known.data is None else ["--data", str(known.data)]
+
+    def locate(data_set: DataSet | None) -> Path:
+        if known.data:
+            return Path(known.data)
+        if data_set is None or known.data_root is None:
+            # Asked for help, nothing is looked up.
+            if {"-h", "--help"} & set(rest):
+                return Path("DATA")
+            name = data_set.key if data_set else "an unknown data set"
+            raise RunError(
+                f"--data: {name}: expected --data FOLDER, or --data-root FOLDER for known data sets"
+            )
+        return find_folder(known.data_root, data_set)
+
+    if known.preset and known.config:
+        raise RunError("--preset, --config: expected one of them")
+    if known.preset:
+        return preset_config(known.preset, locate(parse_preset(known.preset)[0])), [*data, *rest]
+    if known.config:
+        config, lines = read_experiment(Path(known.config), locate)
+        for line in lines:
+            say(line)
+        return config, [*data, *rest]
+    if known.data_root:
+        raise RunError("--data-root: expected --preset or --config beside it")
+    return None, argv
 
 
 def evaluate(run: Positional[Path], /, data: Path | None = None) -> None:
@@ -61,6 +119,157 @@ def predict(run: Positional[Path], images: Positional[tuple[Path, ...]], /, top:
         say(line)
 
 
+def data(
+    action: Positional[Literal["check"]],
+    /,
+    preset: tuple[str, ...] = (),
+    data_root: Path | None = None,
+    data: Path | None = None,
+    classnames: Path | None = None,
+    image_list: Path | None = None,
+    quarantine: Path | None = None,
+) -> int:
+    """Examine data sets without decoding them; exit code 1 if one has a fault.
+
+    Args:
+        action: check.
+        preset: presets or data sets to check; default all that --data-root holds.
+        data_root: folder of several data sets.
+        data: one data set; with one --preset it is checked as that one.
+        classnames: as for train, with --data.
+        image_list: as for train, with --data.
+        quarantine: text file to write for --exclude: images that cannot be used, and training images that
+            are test images too.
+    """
+    from spa_fast.cil.data.doctor import check_all
+
+    return check_all(preset, data_root, data, classnames, image_list, quarantine, say)
+
+
+def describe(config: OmitArgPrefixes[DescribeConfig]) -> int:
+    """Have a model write descriptions of every class, from images or from names; resumes where it stopped.
+
+    Nothing is sent without --allow-upload: first an estimate is printed. Needs the extra `describe`.
+
+    Args:
+        config: what to describe.
+    """
+    from spa_fast.cil.descriptions.generate import describe as run
+
+    return run(config, say)
+
+
+def descriptions(
+    action: Positional[Literal["lint"]],
+    files: Positional[tuple[Path, ...]],
+    /,
+    classnames: Path | None = None,
+    preset: str = "",
+    description_template: str = "{name} with {description}",
+) -> int:
+    """Judge files of class-wise descriptions before any training; exit code 1 if one has a fault.
+
+    Args:
+        action: lint.
+        files: description files or folders, in any format that train reads.
+        classnames: JSON file of the class names that must be there: a list, or {folder: name}.
+        preset: preset or data set whose classes must be there.
+        description_template: as for train; tokens are counted on the joined text.
+    """
+    from spa_fast.cil.descriptions.lint_files import lint_files
+
+    return lint_files(files, classnames, preset, description_template, say)
+
+
+_SWEEP_FLAGS = ("--seeds", "--vary", "--out", "--jobs", "--track", "--data-root", "--data")
+
+
+def sweep(
+    presets: Annotated[Positional[tuple[str, ...]], arg(metavar="PRESET...")],
+    /,
+    seeds: int = 3,
+    vary: Literal["order", "training"] = "order",
+    out: Path = Path("runs/sweep"),
+    jobs: int = 1,
+    track: TrackerName = "none",
+    data_root: Path | None = None,
+    data: Path | None = None,
+    settings: Suppress[tuple[str, ...]] = (),
+) -> int:
+    """Train presets over several seeds, one process a device; any other argument is handed to train.
+
+    Finished runs in the folder are kept, half-done ones are done again. Prints mean and spread and writes
+    sweep.csv; exit code 1 if a run failed.
+
+    Args:
+        presets: presets, before any other argument.
+        seeds: runs of each preset.
+        vary: order: class orders 1993, 1994, ... as in LAMDA's seed lists; training: order 1993, training
+            seeds 1, 2, ...
+        out: folder of the run folders.
+        jobs: runs at a time on the CPU; with CUDA there is one on each device.
+        track: as for train.
+        data_root: as for train.
+        data: as for train, with one preset.
+        settings: arguments of train.
+    """
+    from spa_fast.cil.sweep import plan, run_sweep, slots
+    from spa_fast.cil.tracking import tracker_module
+
+    if not presets:
+        raise RunError("sweep: expected presets before any other argument, for example cub_B0_Inc20")
+    if seeds < 1 or jobs < 1:
+        raise RunError(f"sweep: expected --seeds >= 1 and --jobs >= 1, got {seeds} and {jobs}")
+    if data and len(presets) > 1:
+        raise RunError(f"--data: expected --data-root with {len(presets)} presets")
+    tracker_module(track)
+    places = [f"--{name}={path}" for name, path in (("data-root", data_root), ("data", data)) if path]
+    plans = []
+    for preset in presets:
+        arguments = ["--preset", preset, *places, *settings]
+        default, rest = start(arguments)
+        assert default is not None
+        prog = "spa-fast train"
+        config = tyro.cli(OmitArgPrefixes[RunConfig], default=default, args=rest, prog=prog)
+        plans.append(plan(config, ["train", *arguments, "--track", track], seeds, vary, out))
+    # The first seed of every preset, then the second.
+    runs = [run for group in zip(*plans, strict=True) for run in group]
+    if len({run.folder for run in runs}) < len(runs):
+        raise RunError(f"sweep: a preset is named twice: {', '.join(presets)}")
+    given = any(argument.partition("=")[0] == "--device" for argument in settings)
+    return run_sweep(runs, out, slots(config.device if given else None, jobs), say)
+
+
+def split_sweep(argv: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Arguments of `sweep` itself, and those that it hands to `train`."""
+    own = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
+    settings: list[str] = []
+    rest = iter(argv[len(own) :])
+    for argument in rest:
+        flag, equals, _ = argument.partition("=")
+        if flag.replace("_", "-") in _SWEEP_FLAGS:
+            own += [argument, *([] if equals else itertools.islice(rest, 1))]
+        else:
+            (own if flag in ("-h", "--help") else settings).append(argument)
+    return own, tuple(settings)
+
+
+def cache(
+    action: Positional[Literal["info", "verify", "clear"]],
+    /,
+    cache: Path = Path("runs/feature_cache"),
+) -> int:
+    """List, verify or remove extracted features; `verify` ends with code 1 if a shard is damaged.
+
+    Args:
+        action: info, verify or clear.
+        cache: folder of extracted features, as for train.
+    """
+    from spa_fast.cil.data.cache_folders import ACTIONS
+
+    return ACTIONS[action](cache, say)
+
+
 def demo(out: Path = Path("runs/demo"), seeds: int = 3, first_seed: int = 0) -> None:
     """Run the ablation ladder over the embedded world: offline, no GPU.
 
@@ -88,17 +297,31 @@ def env() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input is one line on standard error and exit code 2, a failing disk 3."""
-    commands: dict[str, Callable[..., None]] = {
+    commands: dict[str, Callable[..., int | None]] = {
         "train": train,
         "eval": evaluate,
         "predict": predict,
+        "data": data,
+        "cache": cache,
+        "describe": describe,
+        "descriptions": descriptions,
+        "sweep": sweep,
         "demo": demo,
         "env": env,
     }
     # A terminated run cleans up like an interrupted one.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    args = sys.argv[1:] if argv is None else argv
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="spa-fast", args=argv)
+        if args[:1] == ["train"]:
+            config, rest = start(args[1:])
+            args = ["train", *rest]
+            commands["train"] = functools.partial(train, config=config) if config else train
+        if args[:1] == ["sweep"]:
+            own, settings = split_sweep(args[1:])
+            args = ["sweep", *own]
+            commands["sweep"] = functools.partial(sweep, settings=settings)
+        code = tyro.extras.subcommand_cli_from_dict(commands, prog="spa-fast", args=args)
     except RunError as error:
         return _refuse(error, 2)
     except BrokenPipeError:
@@ -110,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("spa-fast: interrupted; an unfinished run folder was removed\n")
         return 130
-    return 0
+    return code or 0
 
 
 def _refuse(error: Exception, code: int) -> int:

@@ -1,4 +1,4 @@
-"""What every test runs under: fixed seeds, no TF32, `gpu` tests skipped where there is no device."""
+"""What every test runs under: fixed seeds, no TF32; `gpu` tests need a device, `slow` ones are opt-in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def _seed() -> None:
     np.random.seed(0)  # noqa: NPY002
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if (slow := item.get_closest_marker("slow")) and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason=slow.args[0]))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

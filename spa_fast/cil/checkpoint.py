@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spa_fast.cil.errors import RunError
 from spa_fast.cil.json_input import read_json
+from spa_fast.cil.lock import exclusive
 
 STATE = "model.safetensors"
 RUN = "run.json"
@@ -25,7 +26,8 @@ FORMAT = "spa_fast.run/1"
 def new_run_folder(out: Path, replaceable: Collection[str] = ()) -> Iterator[Path]:
     """A folder to write a run into: renamed to `out` when the block ends well, removed when it does not.
 
-    It is `.NAME.partial` beside `out`, which also keeps a second run from the same `out`.
+    It is `.NAME.partial` beside `out`. A lock, `.NAME.lock`, keeps a second run from the same `out`; what a
+    killed run left is cleared away.
 
     Args:
         out: the run folder to be.
@@ -37,22 +39,30 @@ def new_run_folder(out: Path, replaceable: Collection[str] = ()) -> Iterator[Pat
     out = out.resolve()
     check_out(out, replaceable)
     partial, earlier = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.earlier")
-    try:
-        partial.mkdir(parents=True)
-    except FileExistsError as error:
-        raise RunError(
-            f"--out: {partial} exists: another run is writing to {out}, or one was killed; then remove it"
-        ) from error
-    except OSError as error:
-        raise RunError(f"--out: {out.parent}: cannot write: {error}") from error
-    try:
-        yield partial
-        if out.is_dir():
-            out.rename(earlier)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(earlier, ignore_errors=True)
+    lock = exclusive(out.with_name(f".{out.name}.lock"), f"--out: another run is writing to {out}")
+    with ExitStack() as held:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if held.enter_context(lock):
+                # A run may have ended well between the first look and the lock.
+                check_out(out, replaceable)
+                for left in (partial, earlier):
+                    shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir()
+        except FileExistsError as error:
+            raise RunError(
+                f"--out: {partial} exists: another run is writing to {out}, or one was killed; then remove it"
+            ) from error
+        except OSError as error:
+            raise RunError(f"--out: {out.parent}: cannot write: {error}") from error
+        try:
+            yield partial
+            if out.is_dir():
+                out.rename(earlier)
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(earlier, ignore_errors=True)
 
 
 def check_out(out: Path, replaceable: Collection[str] = ()) -> None:

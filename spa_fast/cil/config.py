@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from spa_fast.cil.backbone import PatchSource
+from spa_fast.cil.descriptions.select import Selection
 from spa_fast.cil.errors import RunError, did_you_mean
 from spa_fast.cil.projectors import Aggregate, Form
 
@@ -17,7 +18,7 @@ class SpaConfig:
     """Settings of SPA, reconstructed from the abstract of arXiv 2605.13835 and its group's public methods."""
 
     # Texts and the images they are written from
-    exemplar_selection: Literal["kmeans_medoid", "farthest_point", "herding", "random"] = "kmeans_medoid"
+    exemplar_selection: Selection = "representative_diverse"
     """How the diverse images of a class are chosen for whoever writes its descriptions."""
     exemplars: int = 5
     """Images per class shown to the writer of descriptions: one nearest the mean, the rest diverse."""
@@ -25,6 +26,8 @@ class SpaConfig:
     """Descriptions used per class; fewer where a class has fewer."""
     description_template: str = "{name} with {description}"
     """How class name and lower-cased description are joined for the text encoder."""
+    long_descriptions: Literal["cut", "split"] = "cut"
+    """Descriptions that the text encoder cannot take whole; pieces count towards n_descriptions."""
     semantic_tokens: Literal["sentence_eos", "token_level"] = "sentence_eos"
     """One token per description (its end-of-text feature) or its word tokens."""
     word_limit: int = 16

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from spa_fast.cil.backbone import Backbone
 from spa_fast.cil.data.cache import FeatureCache
-from spa_fast.cil.data.datasets import ImageFolders, check_images, read_image_folders
+from spa_fast.cil.data.datasets import ImageFolders, read_image_folders
+from spa_fast.cil.data.images import check_images
 from spa_fast.cil.data.order import class_order, split_tasks
 from spa_fast.cil.data.stream import TaskStream
-from spa_fast.cil.descriptions.schema import read_descriptions
+from spa_fast.cil.descriptions.lengths import fit_lengths
+from spa_fast.cil.descriptions.lint import read_descriptions
 from spa_fast.cil.errors import RunError
 from spa_fast.cil.loading import load_backbone
 from spa_fast.cil.methods.base import Method
@@ -46,28 +49,47 @@ class Experiment:
         return [self.data.names[i] for i in self.order]
 
 
-def prepare(config: RunConfig, cache_folder: Path, backbone: Backbone | None = None) -> Experiment:
+def prepare(
+    config: RunConfig,
+    cache_folder: Path,
+    backbone: Backbone | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Experiment:
     """Check every input, cheapest first, and load the backbone; no training, no features.
 
     Raises:
         RunError: naming the file, class or argument at fault.
     """
-    data = read_image_folders(config.data, config.classnames)
+    data = read_image_folders(
+        config.data,
+        config.classnames,
+        data_set=config.data_set,
+        classes=config.classes,
+        image_list=config.image_list,
+        exclude=config.exclude,
+    )
     tasks = split_tasks(len(data.folders), config.init_classes, config.increment)
     descriptions = None
     if config.reads_descriptions:
-        if config.descriptions is None:
+        if config.description_file is None:
             raise RunError(f"--descriptions: {config.method} needs a file of class-wise descriptions")
-        descriptions = read_descriptions(config.descriptions, data.names)
+        # Packaged files may hold more classes than the published subset.
+        packaged = config.descriptions is None
+        descriptions = read_descriptions(config.description_file, data.names, subset=packaged)
     backbone = backbone or load_backbone(config.backbone, transform=config.transform, device=config.device)
     check_k(config, backbone)
-    cache = FeatureCache(cache_folder, data, backbone, source=config.spa.patch_source)
+    if descriptions:
+        limit = backbone.model.context_length
+        descriptions = fit_lengths(data.names, descriptions, config.spa, backbone.tokenizer, limit, say)
+    source, storage = config.spa.patch_source, config.storage
+    cache = FeatureCache(cache_folder, data, backbone, source=source, storage=storage, say=say)
     missing = cache.missing()
     if missing:
         cache.check_writable()
     check_images(missing)
-    order = class_order(len(data.folders), config.order_seed)
-    stream = TaskStream(cache, backbone, order, tasks, descriptions, config.templates, config.spa)
+    n = len(data.folders)
+    order = class_order(n, config.order_seed) if config.shuffle else list(range(n))
+    stream = TaskStream(cache, order, tasks, descriptions, config.templates, config.spa)
     return Experiment(config, data, backbone, cache, order, stream)
 
 

@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from spa_fast.cil.backbone import Backbone
 from spa_fast.cil.checkpoint import load_run
-from spa_fast.cil.data.datasets import check_images, read_image
+from spa_fast.cil.data.extract import nearest_patches
+from spa_fast.cil.data.images import check_images, read_image
 from spa_fast.cil.errors import RunError
 from spa_fast.cil.experiment import check_k, make_method, prepare
 from spa_fast.cil.loading import load_backbone
@@ -71,6 +74,7 @@ def evaluate_run(folder: Path, data: Path | None = None) -> Iterator[str]:
     if experiment.names != run.names:
         raise RunError(f"--data: {config.data}: its classes are not those of {folder}")
     experiment.stream.open_all()
+    experiment.cache.fill("test")
     correct, sizes = evaluate(experiment.stream, run.method, len(experiment.stream.tasks) - 1)
     for task, (right, total) in enumerate(zip(correct, sizes, strict=True)):
         yield f"task {task}: {100 * right / total:6.2f} % of {total} images"
@@ -92,7 +96,9 @@ def predict_images(folder: Path, images: Sequence[Path], top: int = 5) -> Iterat
     for path in images:
         pixels = run.backbone.preprocess(read_image(path))
         whole, patches = run.backbone.encode_images(pixels[None], run.config.spa.patch_source)
-        best = run.method.scores(whole, patches.half())[0].topk(min(top, len(run.names)))
+        patches = nearest_patches(whole, patches, run.config.storage.limit)
+        scores = run.method.scores(whole, patches.to(getattr(torch, run.config.cache_dtype)))
+        best = scores[0].topk(min(top, len(run.names)))
         yield str(path)
         for score, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             yield f"  {score:7.4f}  {run.names[label]}"

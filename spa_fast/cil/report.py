@@ -16,17 +16,21 @@ from PIL import Image
 import spa_fast
 from spa_fast.cil.metrics import AccuracyMatrix
 
+# The figures that sum up a run, in percent.
+SUMMARY = ("average", "last", "forgetting", "bwt")
+
 
 def environment() -> dict[str, Any]:
     """Versions and hardware behind a figure."""
     from importlib.metadata import version
 
+    packages = ("open_clip_torch", "torchvision", "pillow", "safetensors")
     return {
         "spa_fast": spa_fast.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "open_clip_torch": version("open_clip_torch"),
         "numpy": np.__version__,
+        **{name: version(name) for name in packages},
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -82,6 +86,12 @@ def stage_rows(matrix: AccuracyMatrix) -> list[dict[str, Any]]:
         }
         for b, (a, row) in enumerate(zip(matrix.accuracies, matrix.square(), strict=True))
     ]
+
+
+def lamda_summary(matrix: AccuracyMatrix) -> list[str]:
+    """The last lines of a log of LAMDA's repositories, for programs that read those; two decimals."""
+    curve = [round(a, 2) for a in matrix.accuracies]
+    return [f"CNN top1 curve: {curve}", f"Average Accuracy (CNN): {round(sum(curve) / len(curve), 2)}"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -45,6 +45,7 @@ def test_a_run_folder_is_complete(finished):
         "results.json",
         "results.csv",
         "metrics.jsonl",
+        "train.log",
         "curve.png",
         "exemplars.json",
         "run.json",
@@ -56,7 +57,7 @@ def test_a_run_folder_is_complete(finished):
     assert len(row["accuracies"]) == 3
     assert [[x is None for x in r] for r in row["matrix"]] == [[c > r for c in range(3)] for r in range(3)]
     assert row["config"]["spa"]["epochs"] == 1
-    assert len((finished / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((finished / "metrics.jsonl").read_text().splitlines()) == 6
     assert len(json.loads((finished / "exemplars.json").read_text())) == 7
     assert [p.name for p in finished.parent.iterdir() if p.name.startswith(".")] == []
 
@@ -229,12 +230,6 @@ def test_out_may_be_a_link_or_the_current_folder(colours, backbone_config, tmp_p
     monkeypatch.chdir(tmp_path / "here")
     assert main(train_args(colours, backbone_config, ".")) == 0
     assert (tmp_path / "here" / "results.json").is_file()
-
-
-def test_two_runs_into_one_folder(colours, backbone_config, tmp_path, capsys):
-    (tmp_path / ".r.partial").mkdir()
-    refused(capsys, train_args(colours, backbone_config, tmp_path / "r"), "--out", "another run")
-    assert (tmp_path / ".r.partial").is_dir()
 
 
 def test_a_run_is_found_from_another_folder(colours, backbone_config, tmp_path, monkeypatch):

@@ -3,7 +3,8 @@ import json
 import pytest
 from PIL import Image
 
-from spa_fast.cil.data.datasets import check_images, read_image, read_image_folders
+from spa_fast.cil.data.datasets import read_image_folders
+from spa_fast.cil.data.images import check_images, read_image
 from spa_fast.cil.errors import RunError
 
 CLASSES = ("amber", "blue", "coral", "dark_red", "emerald", "fuchsia", "gold")

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from spa_fast.cil.descriptions.schema import read_descriptions
+from spa_fast.cil.descriptions.lint import read_descriptions
 from spa_fast.cil.errors import RunError
 
 

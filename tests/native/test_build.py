@@ -74,6 +74,8 @@ def check_layout(package: Path) -> None:
     assert (package / "spa_fast/kernels/__init__.py").is_file()
     assert (package / "spa_fast/py.typed").is_file()
     assert (package / "spa_fast/cil/demo/tiny_clip/open_clip_model.safetensors").is_file()
+    assert (package / "spa_fast/cil/data/templates.json").is_file()
+    assert len(list((package / "spa_fast/cil/descriptions").glob("*.json"))) == 10
     assert not (package / "kernels").exists()
     assert sorted(path.name for path in package.iterdir() if not path.name.endswith(".dist-info")) == [
         "spa_fast"

@@ -1,60 +1,78 @@
-"""Features of a frozen encoder on disk: one safetensors shard per split and class, extracted once."""
+"""Features of a frozen encoder on disk: one shard per split and class, and one per class's texts."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import hashlib
-import json
 import os
 import re
-import tempfile
-import threading
+import shutil
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
+import spa_fast
 from spa_fast.cil.backbone import Backbone, PatchSource
-from spa_fast.cil.data.datasets import ImageFolders, Split, read_image
+from spa_fast.cil.data.datasets import ImageFolders
+from spa_fast.cil.data.extract import Extractor
+from spa_fast.cil.data.features import ClassFeatures
+from spa_fast.cil.data.images import ImageRef, image_bytes, stamp
+from spa_fast.cil.data.layout import Split
+from spa_fast.cil.data.shards import Say, ShardFault, ShardFolder, digest
+from spa_fast.cil.data.text_cache import TextCache
 from spa_fast.cil.errors import RunError
 
 # Changed when the content or meaning of a shard changes.
-FORMAT = "1"
+FORMAT = "spa_fast.features/2"
+
+CacheKey = Literal["stat", "content"]
+CacheDtype = Literal["float16", "bfloat16"]
 
 
-@dataclass(frozen=True)
-class Features:
-    """Frozen features of n images: `globals` [n, D] fp32 and `patches` [n, N, D] fp16, not normalised."""
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """What is stored of an image, and how it is known again.
 
-    globals: Tensor
-    patches: Tensor
+    Attributes:
+        patches: `all`, or `topk:K` for the K patches closest in cosine to the global token.
+        dtype: of patches; global and text tokens are fp32.
+        key: `stat` knows an image by path, size and time; `content` by its bytes, read where path, size or
+            time have changed.
+    """
 
-    def __len__(self) -> int:
-        return len(self.globals)
+    patches: str = "all"
+    dtype: CacheDtype = "float16"
+    key: CacheKey = "stat"
 
-    def sha256(self) -> str:
-        """Checksum of the content."""
-        digest = hashlib.sha256()
-        for tensor in (self.globals, self.patches):
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"all|topk:[1-9][0-9]{0,5}", self.patches):
+            raise RunError(
+                f"--cache-patches: expected all or topk:K, for example topk:64, got {self.patches!r}"
+            )
+        if self.dtype not in get_args(CacheDtype) or self.key not in get_args(CacheKey):
+            raise RunError(f"--cache-dtype, --cache-key: unknown {self.dtype!r} or {self.key!r}")
+
+    @property
+    def limit(self) -> int:
+        """Patches kept per image; 0 is all."""
+        return 0 if self.patches == "all" else int(self.patches.partition(":")[2])
 
 
 class FeatureCache:
     """Features by (split, class), extracted when first asked for.
 
     Args:
-        folder: where shards live; one sub-folder per (backbone, patch source, format).
+        folder: where shards live; one sub-folder per data set and, in it, per encoder and settings.
         data: the image folders.
         backbone: the frozen encoder.
         source: where patch tokens leave the image tower.
-        batch: images per encoder call.
+        storage: what is stored.
+        say: takes one line at a time on what is extracted and why.
     """
 
     def __init__(
@@ -64,69 +82,56 @@ class FeatureCache:
         backbone: Backbone,
         *,
         source: PatchSource = "value_path",
-        batch: int = 64,
+        storage: Storage | None = None,
+        say: Say = lambda line: None,
     ) -> None:
-        key = hashlib.sha256(f"{backbone.fingerprint}|{source}|{FORMAT}".encode()).hexdigest()[:16]
-        where = hashlib.sha256(str(data.root.resolve()).encode()).hexdigest()[:8]
-        self.folder = folder / f"{_slug(data.root.name)}-{where}" / key
+        storage = storage or Storage()
+        if storage.limit > backbone.n_patches:
+            raise RunError(
+                f"--cache-patches: the backbone has {backbone.n_patches} patches, got {storage.patches}"
+            )
+        about = {"format": FORMAT, "weights": backbone.fingerprint, "spa_fast": spa_fast.__version__}
+        texts = ShardFolder(folder / "texts" / digest(about)[:16], {**about, "backbone": backbone.name})
+        self.texts = TextCache(texts, backbone)
+        about |= {"source": source, "patches": storage.patches, "dtype": storage.dtype}
+        self.key = digest(about)[:16]
+        # Known by content, a data set may move; known by path, another path is another data set.
+        where = {"stat": str(data.root.resolve()), "content": ["content", *data.folders]}[storage.key]
+        path = folder / f"{_slug(data.root.name)}-{digest(where)[:8]}" / self.key
+        about |= {"backbone": backbone.name, "data": data.root.name, "key": storage.key}
+        self.shards = ShardFolder(path, about)
         self.data = data
         self.backbone = backbone
         self.source = source
-        self.batch = batch
-        self._verified: set[Path] = set()
+        self.storage = storage
+        self.say = say
+        self._current: set[tuple[Split, int]] = set()
 
-    def missing(self) -> list[Path]:
-        """Images without a valid shard, all splits."""
-        return [
-            path
-            for split, classes in self.data.images.items()
-            for index, images in enumerate(classes)
-            if not self._valid(self._shard(split, index), images)
-            for path in images
-        ]
+    @property
+    def folder(self) -> Path:
+        """Where the shards of these images and settings live."""
+        return self.shards.path
 
-    def load(self, split: Split, folder_index: int) -> Features:
-        """Features of one class, from its shard or, the first time, from its images."""
-        images = self.data.images[split][folder_index]
-        shard = self._shard(split, folder_index)
-        if not self._valid(shard, images):
-            self._write(shard, self._extract(images, f"{split} {self.data.folders[folder_index]}"), images)
-        with safe_open(shard, framework="pt") as tensors:
-            return Features(tensors.get_tensor("globals"), tensors.get_tensor("patches"))
+    def load(self, split: Split, folder_index: int) -> ClassFeatures:
+        """Features of one class, mapped from its shard or, the first time, extracted from its images."""
+        wanted = (split, folder_index)
+        if self._faults([wanted]):
+            self._fill([wanted])
+        _, tensors = self.shards.read(self._name(*wanted))
+        return ClassFeatures(tensors["globals"], tensors["patches"])
 
-    def _shard(self, split: Split, index: int) -> Path:
-        return self.folder / f"{split}-{index:04d}-{_slug(self.data.folders[index])}.safetensors"
+    def fill(self, *splits: Split) -> None:
+        """Extract what is not stored whole, of the given splits or all of them.
 
-    def _valid(self, shard: Path, images: Sequence[Path]) -> bool:
-        """Whether the shard holds these images' features, whole: its checksum is read once a process."""
-        try:
-            with safe_open(shard, framework="pt") as tensors:
-                metadata = tensors.metadata() or {}
-                if metadata.get("images") != _signature(images):
-                    return False
-                if shard not in self._verified:
-                    stored = Features(tensors.get_tensor("globals"), tensors.get_tensor("patches"))
-                    if metadata.get("sha256") != stored.sha256():
-                        return False
-                    self._verified.add(shard)
-                return True
-        except (SafetensorError, OSError):
-            return False
+        Raises:
+            RunError: the folder cannot be written, or an image not read.
+            OSError: the disk is full; every shard stored is whole.
+        """
+        self._fill([pair for pair in self._all() if not splits or pair[0] in splits])
 
-    def _extract(self, images: Sequence[Path], what: str) -> Features:
-        globals_, patches = [], []
-        batches = [images[i : i + self.batch] for i in range(0, len(images), self.batch)]
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            bar = tqdm(batches, desc=f"features {what}", leave=False, disable=len(batches) < 8)
-            for paths in bar:
-                pixels = torch.stack(list(pool.map(self._pixels, paths)))
-                whole, parts = self.backbone.encode_images(pixels, self.source)
-                globals_.append(whole)
-                patches.append(parts.half())
-        return Features(torch.cat(globals_), torch.cat(patches))
-
-    def _pixels(self, path: Path) -> Tensor:
-        return self.backbone.preprocess(read_image(path))
+    def missing(self) -> list[ImageRef]:
+        """Images whose features are not stored whole, all splits."""
+        return [image for pair in self._faults(self._all()) for image in self._images(*pair)]
 
     def check_writable(self) -> None:
         """Refuse early a folder that cannot take shards.
@@ -135,30 +140,107 @@ class FeatureCache:
             RunError: naming the folder.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass
+            self.shards.check_writable()
         except OSError as error:
-            raise RunError(f"--cache: {self.folder}: cannot write: {error}") from error
+            what = "features that are missing must be stored there"
+            raise RunError(f"--cache: {self.folder}: cannot write: {error}; {what}") from error
 
-    def _write(self, shard: Path, features: Features, images: Sequence[Path]) -> None:
-        partial = shard.with_name(f"{shard.name}.{os.getpid()}-{threading.get_ident()}.partial")
-        tensors = {"globals": features.globals, "patches": features.patches}
+    def _fill(self, pairs: Sequence[tuple[Split, int]]) -> None:
+        if not self._faults(pairs):
+            return
+        self.check_writable()
+        with self.shards.lock(self.say):
+            # Another process may have written some while we waited.
+            faults = self._faults(pairs)
+            for pair, fault in faults.items():
+                if fault != "not there":
+                    self.say(f"feature cache: {self.folder / self._name(*pair)}: {fault}; extracted again")
+            if faults:
+                self._extract(list(faults))
+
+    def _extract(self, pairs: Sequence[tuple[Split, int]]) -> None:
+        classes = [self._images(*pair) for pair in pairs]
+        images, start = sum(map(len, classes)), time.perf_counter()
+        self._check_space(images)
+        # Signed before they are read: an image that changes meanwhile is noticed by the next run.
+        labels = [self._metadata(*pair) for pair in pairs]
+        dtype = getattr(torch, self.storage.dtype)
+        extractor = Extractor(self.backbone, self.source, self.storage.limit, dtype)
+        stored: Future[None] | None = None
+        with (
+            ThreadPoolExecutor(1, "store") as writer,
+            tqdm(total=images, desc="features", unit="img", leave=False, disable=None) as bar,
+        ):
+            for pair, metadata, features in zip(pairs, labels, extractor.classes(classes), strict=True):
+                if stored:
+                    stored.result()
+                tensors = {"globals": features.globals, "patches": features.patches}
+                stored = writer.submit(self.shards.write, self._name(*pair), metadata, tensors)
+                bar.update(len(features))
+            if stored:
+                stored.result()
+        seconds = time.perf_counter() - start
+        size = sum((self.folder / self._name(*pair)).stat().st_size for pair in pairs)
+        busy = 100 * extractor.encoder_seconds / seconds
+        self.say(
+            f"features: {images} images in {seconds:.1f} s ({images / seconds:.1f} images/s, encoder busy "
+            f"{busy:.0f} %), {size / 1e6:.1f} MB in {self.folder}"
+        )
+
+    def _check_space(self, images: int) -> None:
+        patches = self.storage.limit or self.backbone.n_patches
+        need = images * self.backbone.width * (4 + 2 * patches)
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            raise OSError(f"--cache: {self.folder}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+
+    def _faults(self, pairs: Sequence[tuple[Split, int]]) -> dict[tuple[Split, int], str]:
+        """Why shards cannot be used, of those that cannot; reading them brings them into memory."""
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "verify") as pool:
+            found = list(pool.map(lambda pair: self._fault(*pair), pairs))
+        return {pair: fault for pair, fault in zip(pairs, found, strict=True) if fault}
+
+    def _fault(self, split: Split, index: int) -> str:
+        """Why a shard cannot be used, or nothing."""
         try:
-            shard.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, {"images": _signature(images), "sha256": features.sha256()})
-            partial.replace(shard)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"--cache: {shard.parent}: cannot write: {error}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-        self._verified.add(shard)
+            metadata, _ = self.shards.read(self._name(split, index))
+        except ShardFault as fault:
+            return str(fault)
+        if (split, index) in self._current:
+            return ""
+        if (metadata.get("key"), metadata.get("class")) != (self.key, self._class(split, index)):
+            return "it holds another class's or encoder's features"
+        images = self._images(split, index)
+        if metadata.get("stat") != self._stat(images) and (
+            self.storage.key == "stat" or metadata.get("content") != _content(images)
+        ):
+            return "its images have changed"
+        self._current.add((split, index))
+        return ""
+
+    def _metadata(self, split: Split, index: int) -> dict[str, str]:
+        images = self._images(split, index)
+        about = {"key": self.key, "class": self._class(split, index), "stat": self._stat(images)}
+        return {**about, "content": _content(images)} if self.storage.key == "content" else about
+
+    def _stat(self, images: Sequence[ImageRef]) -> str:
+        return digest([str(self.data.root.resolve()), *(stamp(image) for image in images)])
+
+    def _class(self, split: Split, index: int) -> str:
+        return f"{split}/{self.data.folders[index]}"
+
+    def _images(self, split: Split, index: int) -> tuple[ImageRef, ...]:
+        return self.data.images[split][index]
+
+    def _all(self) -> list[tuple[Split, int]]:
+        return [(split, index) for split, found in self.data.images.items() for index in range(len(found))]
+
+    def _name(self, split: Split, index: int) -> str:
+        return f"{split}-{index:04d}-{_slug(self.data.folders[index])}.safetensors"
 
 
-def _signature(images: Sequence[Path]) -> str:
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in images]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+def _content(images: Sequence[ImageRef]) -> str:
+    return digest([hashlib.sha256(image_bytes(image)).hexdigest() for image in images])
 
 
 def _slug(name: str) -> str:

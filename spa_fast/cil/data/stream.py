@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spa_fast.cil.backbone import Backbone
 from spa_fast.cil.config import SpaConfig
-from spa_fast.cil.data.cache import FeatureCache, Features
-from spa_fast.cil.data.datasets import Split
+from spa_fast.cil.data.cache import FeatureCache
+from spa_fast.cil.data.features import Features, Stacked
+from spa_fast.cil.data.layout import Split
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ class TaskStream:
     """Tasks in class order. Features and texts of a class are read when its task arrives, never before.
 
     Args:
-        cache: features by folder index.
-        backbone: the frozen encoder, for texts.
+        cache: features by folder index, and of texts.
         order: folder index of each label.
         tasks: label ranges.
         descriptions: per folder index; None leaves classes without semantic tokens.
@@ -79,7 +78,6 @@ class TaskStream:
     def __init__(
         self,
         cache: FeatureCache,
-        backbone: Backbone,
         order: Sequence[int],
         tasks: Sequence[range],
         descriptions: Sequence[Sequence[str]] | None,
@@ -90,7 +88,6 @@ class TaskStream:
         self.order = tuple(order)
         self.templates = tuple(templates)
         self._cache = cache
-        self._backbone = backbone
         self._descriptions = descriptions
         self._config = config
         self._stage = -1
@@ -126,13 +123,13 @@ class TaskStream:
     def _load(self, split: Split, labels: range) -> tuple[Features, Tensor]:
         parts = [self._cache.load(split, self.order[label]) for label in labels]
         targets = torch.cat([torch.full((len(p),), label) for p, label in zip(parts, labels, strict=True)])
-        features = Features(torch.cat([p.globals for p in parts]), torch.cat([p.patches for p in parts]))
-        return features, targets
+        patches = Stacked([part.patches for part in parts])
+        return Features(torch.cat([part.globals for part in parts]), patches), targets
 
     def _texts(self, labels: range) -> ClassTexts:
         names = [self._cache.data.names[self.order[label]] for label in labels]
-        prompts = [template.replace("{}", name) for name in names for template in self.templates]
-        templates = self._backbone.encode_texts(prompts).unflatten(0, (len(names), len(self.templates)))
+        prompts = [[template.replace("{}", name) for template in self.templates] for name in names]
+        templates = torch.stack([self._cache.texts.encode(lines) for lines in prompts])
         tokens = [self._tokens(name, label) for name, label in zip(names, labels, strict=True)]
         most = max(len(t) for t in tokens)
         mask = torch.stack([torch.arange(most) < len(t) for t in tokens])
@@ -142,12 +139,12 @@ class TaskStream:
         config = self._config
         lines = self.descriptions(label)
         if not lines:
-            return torch.zeros(0, self._backbone.width)
+            return torch.zeros(0, self._cache.backbone.width)
         join = config.description_template.replace("{name}", name)
         sentences = [join.replace("{description}", line.lower()) for line in lines]
         if config.semantic_tokens == "sentence_eos":
-            return self._backbone.encode_texts(sentences)
-        return torch.cat(self._backbone.encode_words(sentences, config.word_limit))
+            return self._cache.texts.encode(sentences)
+        return self._cache.texts.encode(sentences, config.word_limit)
 
 
 def _padded(tensor: Tensor, width: int) -> Tensor:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from spa_fast.cil.backbone import Backbone
 from spa_fast.cil.checkpoint import new_run_folder
 from spa_fast.cil.config import SpaConfig
+from spa_fast.cil.data.images import read_image
 from spa_fast.cil.demo.world import contact_sheet, write_dataset
 from spa_fast.cil.experiment import Experiment, make_method, prepare
 from spa_fast.cil.loading import load_backbone
@@ -192,14 +192,12 @@ def draw_examples(folder: Path, experiment: Experiment, method: Method, backbone
     assert isinstance(method, Spa)
     for number, label in enumerate((0, len(experiment.order) - 1)):
         index = experiment.order[label]
-        path = experiment.data.images["test"][index][0]
+        image = read_image(experiment.data.images["test"][index][0])
         patches = experiment.cache.load("test", index).patches[0]
         why = method.explain(patches, label)
-        with Image.open(path) as image:
-            shown = image.convert("RGB")
         draw_overlay(
             folder / f"overlay_{number}.png",
-            shown,
+            image,
             round(backbone.n_patches**0.5),
             why.kept.tolist(),
             why.relevance.numpy(),

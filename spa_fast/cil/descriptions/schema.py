@@ -1,45 +1,93 @@
-"""Class-wise descriptions: `{"dataset": ..., "classes": [{"name": ..., "descriptions": [...]}]}`."""
+"""Class-wise descriptions in memory and in this project's own file format."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-from spa_fast.cil.errors import RunError, did_you_mean
-from spa_fast.cil.json_input import read_json
+SCHEMA = "spa_fast.descriptions/1"
+Status = Literal["ok", "manual", "refused", "empty", "failed", "pending"]
+"""Written by a model, written by hand, the model refused, answered nothing, did not answer, not yet asked."""
 
 
-def read_descriptions(path: Path, names: Sequence[str]) -> list[list[str]]:
-    """Descriptions of each class, in the order of `names`.
+@dataclass(frozen=True)
+class ClassEntry:
+    """Descriptions of one class.
+
+    Attributes:
+        name: class name.
+        texts: descriptions, in order of use.
+        status: how they came about.
+        images: SHA-256 of the images that they were written from.
+        reason: why there are none.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    status: Status = "manual"
+    images: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Descriptions:
+    """A file of class-wise descriptions, whatever its format.
+
+    Attributes:
+        classes: in the file's order; a name may come twice.
+        form: the file's format, for messages.
+        dataset: what the file calls the data set, or "".
+        generator: who wrote it: model, parameters, prompt hash, date.
+        duplicate_keys: JSON keys that came more than once.
+        remarks: what reading had to decide.
+    """
+
+    classes: tuple[ClassEntry, ...]
+    form: str
+    dataset: str = ""
+    generator: Mapping[str, Any] = field(default_factory=dict)
+    duplicate_keys: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def from_template(self) -> bool:
+        """Whether every class has the same texts by design."""
+        return self.generator.get("model") == "template"
+
+
+def write_descriptions(path: Path, document: Descriptions) -> None:
+    """Write the file whole or not at all: beside it, flushed, renamed.
 
     Raises:
-        RunError: unreadable file, a class without descriptions, or a class that the data set does not have.
+        OSError: the folder cannot be written; an earlier file stays as it was.
     """
-    document = read_json(path, "--descriptions")
-    classes = document.get("classes") if isinstance(document, dict) else None
-    if not isinstance(classes, list):
-        raise RunError(f"--descriptions: {path}: expected an object with a list 'classes'")
-    texts: dict[str, list[str]] = {}
-    for i, entry in enumerate(classes):
-        name = entry.get("name") if isinstance(entry, dict) else None
-        lines = entry.get("descriptions") if isinstance(entry, dict) else None
-        if (
-            not isinstance(name, str)
-            or not isinstance(lines, list)
-            or not all(isinstance(x, str) for x in lines)
-        ):
-            raise RunError(
-                f"--descriptions: {path}: classes[{i}]: expected 'name' and a list of strings 'descriptions'"
-            )
-        if name in texts:
-            raise RunError(f"--descriptions: {path}: class {name!r} appears twice")
-        texts[name] = [x.strip() for x in lines if x.strip()]
-    for name in names:
-        if not texts.get(name):
-            hint = "" if name in texts else did_you_mean(name, texts)
-            raise RunError(f"--descriptions: {path}: class {name!r} has no descriptions{hint}")
-    known = set(names)
-    for name in texts:
-        if name not in known:
-            raise RunError(f"--descriptions: {path}: unknown class {name!r}{did_you_mean(name, names)}")
-    return [texts[name] for name in names]
+    classes = [
+        {
+            "id": i,
+            "name": entry.name,
+            "descriptions": list(entry.texts),
+            "images": list(entry.images),
+            "status": entry.status,
+            **({"reason": entry.reason} if entry.reason else {}),
+        }
+        for i, entry in enumerate(document.classes)
+    ]
+    whole = {
+        "schema": SCHEMA,
+        "dataset": document.dataset,
+        "generator": dict(document.generator),
+        "classes": classes,
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +15,8 @@ class Method(ABC):
     """Learns tasks as they arrive and scores images over all classes seen so far."""
 
     texts: ClassTexts | None = None
+    on_epoch: Callable[[Mapping[str, float]], None] | None = None
+    """Called at the end of every epoch with the task's index, the epoch and figures worth logging."""
 
     @property
     @abstractmethod

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spa_fast.cil.config import SpaConfig
+from spa_fast.cil.data.features import Rows
 from spa_fast.cil.data.stream import ClassTexts
 from spa_fast.cil.errors import RunError
 from spa_fast.cil.methods.replay import Replay
@@ -80,7 +81,7 @@ class LocalBranch:
         return scores
 
     @torch.no_grad()
-    def select(self, patches: Tensor, texts: ClassTexts) -> Kept:
+    def select(self, patches: Rows, texts: ClassTexts) -> Kept:
         """The k patches of every (image, class) that agree best with the class's descriptions."""
         config, tokens = self.config, texts.tokens
         projected = config.selection_space == "projected"
@@ -103,7 +104,7 @@ class LocalBranch:
             return Kept(indices, None)
         return Kept(indices, (torch.cat([scores for scores, _ in parts]) / config.eps).softmax(-1))
 
-    def remember(self, patches: Tensor, targets: Tensor, texts: ClassTexts, labels: range) -> None:
+    def remember(self, patches: Rows, targets: Tensor, texts: ClassTexts, labels: range) -> None:
         """Fit Gaussians of the new classes' kept patches, or of each image's mean of them."""
         if self.config.local_replay == "none":
             return

@@ -91,6 +91,9 @@ class Spa(Method):
                     parameter.grad = torch.zeros_like(parameter)
                 optimizer.step()
                 mean_loss += value / len(batches)
+            if self.on_epoch:
+                lr = optimizer.param_groups[0]["lr"]
+                self.on_epoch({"stage": task.index, "epoch": epoch, "loss": mean_loss, "lr": lr})
             schedule.step()
         if not all(bool(p.isfinite().all()) for p in self._trainable()):
             raise RunError(f"task {task.index}: training diverged; lower --lr ({config.lr})")

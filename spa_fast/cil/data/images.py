@@ -1,0 +1,101 @@
+"""Reading one image, wherever it is stored: a file of its own or a row of a larger one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from spa_fast.cil.errors import RunError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".avif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image that is one row of a larger file.
+
+    Attributes:
+        file: the file.
+        row: which image of it.
+        pixels: uint8 [3, H, W], RGB; a view, nothing is copied.
+    """
+
+    file: Path
+    row: int
+    pixels: np.ndarray = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.file}[{self.row}]"
+
+
+ImageRef = Path | StoredImage
+
+
+def relative_name(image: ImageRef, root: Path) -> str:
+    """How lists name an image: its path inside the data folder, `file[row]` for a stored one."""
+    if isinstance(image, StoredImage):
+        return f"{image.file.relative_to(root)}[{image.row}]"
+    return str(image.relative_to(root))
+
+
+def stamp(image: ImageRef) -> tuple[str, int, int]:
+    """(name, bytes, mtime) by which a changed image is noticed."""
+    path = image if isinstance(image, Path) else image.file
+    stat = path.stat()
+    return Path(str(image)).name, stat.st_size, stat.st_mtime_ns
+
+
+def image_bytes(image: ImageRef) -> bytes:
+    """The stored bytes of one image, by which its content is known.
+
+    Raises:
+        RunError: unreadable file.
+    """
+    if isinstance(image, StoredImage):
+        return image.pixels.tobytes()
+    try:
+        return image.read_bytes()
+    except OSError as error:
+        raise RunError(f"unreadable image: {image}: {error}") from error
+
+
+def check_images(images: Iterable[ImageRef]) -> None:
+    """Decode every image file once, coarsely, so that a broken one is found before any long work.
+
+    Raises:
+        RunError: naming the first unreadable file.
+    """
+    paths = [image for image in images if isinstance(image, Path)]
+    for path in tqdm(paths, desc="checking images", unit="img", leave=False, disable=None):
+        with _opened(path) as image:
+            image.draft("RGB", (32, 32))
+            image.load()
+
+
+def read_image(image: ImageRef) -> Image.Image:
+    """An image in RGB, turned upright as its EXIF data say.
+
+    Raises:
+        RunError: unreadable file, or pixels of more than 8 bits a channel.
+    """
+    if isinstance(image, StoredImage):
+        return Image.fromarray(np.ascontiguousarray(image.pixels.transpose(1, 2, 0)))
+    with _opened(image) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGB")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"pixels of mode {image.mode}: convert them to 8 bits a channel")
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RunError(f"unreadable image: {path}: {error}") from error

@@ -1,0 +1,369 @@
+"""Presets by name, by experiment file, from the command line; all of them against stand-ins of their data."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from folder_twins import write_all_twins, write_twin
+
+from spa_fast.cil.backbone import Backbone
+from spa_fast.cil.data.catalog import DATA_SETS, description_file, folder_names, label_names, prompt_templates
+from spa_fast.cil.data.order import class_order, split_tasks
+from spa_fast.cil.descriptions.lint import read_descriptions
+from spa_fast.cil.errors import RunError
+from spa_fast.cil.experiment import prepare
+from spa_fast.cil.lamda_json import read_experiment
+from spa_fast.cil.loop import run_tasks
+from spa_fast.cil.methods.simple_cil import SimpleCil
+from spa_fast.cil.presets import changes, describe, parse_preset, preset_config, preset_names, run_name
+from spa_fast.cil.run_config import RunConfig
+from spa_fast.cli import main
+
+# sha256 of the comma-joined class order, first 16 digits: as published runs draw it.
+ORDERS = {100: "997a048a5344d216", 200: "1d364b99a5915405", 300: "18613efa7667417c"}
+
+ONE_IMAGE = pytest.mark.filterwarnings("ignore:class .* one image only")
+
+PUBLISHED = {
+    *("cifar224_B0_Inc10", "cifar224_B50_Inc10", "cub_B0_Inc20", "cub_B100_Inc20"),
+    *("imagenetr_B0_Inc20", "imagenetr_B100_Inc20", "objectnet_B0_Inc20", "objectnet_B100_Inc20"),
+    *("cars_B0_Inc10", "cars_B50_Inc10", "ucf101_B0_Inc10", "ucf101_B50_Inc10"),
+    *("aircraft_B0_Inc10", "aircraft_B50_Inc10", "sun_B0_Inc30", "sun_B150_Inc30"),
+    *("food101_B0_Inc10", "food101_B50_Inc10", "caltech101_B0_Inc10", "caltech101_B50_Inc10"),
+}
+
+
+def test_the_published_settings_are_there():
+    assert set(preset_names()) == PUBLISHED
+    assert len(preset_names()) == 20
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_preset_resolves(name):
+    data_set, first, increment = parse_preset(name)
+    config = preset_config(name, Path("x"))
+    assert config.preset == name
+    assert config.classes == data_set.classes
+    assert config.transform == "lamda"
+    assert config.backbone == "ViT-B-16/laion400m_e32"
+    assert config.templates == prompt_templates(data_set)
+    names = label_names(data_set)
+    assert len(set(names)) == data_set.classes
+    texts = read_descriptions(description_file(data_set), names, subset=True)
+    assert all(len(lines) == 6 for lines in texts)
+    order = class_order(data_set.classes, config.order_seed)
+    assert hashlib.sha256(",".join(map(str, order)).encode()).hexdigest()[:16] == ORDERS[data_set.classes]
+    tasks = split_tasks(data_set.classes, first, increment)
+    assert {len(task) for task in tasks[1:]} == {increment}
+    assert len(tasks[0]) == (first or increment)
+    assert changes(config) == {}
+    assert RunConfig.from_dict(config.as_dict()) == config
+
+
+def test_templates_are_those_of_the_protocol():
+    counts = {key: len(prompt_templates(data_set)) for key, data_set in DATA_SETS.items()}
+    assert counts == {
+        **{"cifar224": 18, "cub": 1, "imagenetr": 7, "objectnet": 7, "cars": 8, "ucf101": 48},
+        **{"aircraft": 2, "food101": 1, "sun": 2, "caltech101": 34},
+    }
+    assert prompt_templates(DATA_SETS["cub"]) == ("a photo of a {}, a type of bird.",)
+    assert prompt_templates(DATA_SETS["food101"]) == ("a photo of {}, a type of food.",)
+    assert prompt_templates(DATA_SETS["imagenetr"])[0] == "itap of a {}."
+
+
+def test_folder_maps_follow_label_order():
+    for key in ("imagenetr", "caltech101"):
+        by_folder = folder_names(DATA_SETS[key])
+        assert tuple(by_folder[folder] for folder in sorted(by_folder)) == label_names(DATA_SETS[key])
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical"),
+    [
+        ("CIFAR100 B0 Inc10", "cifar224_B0_Inc10"),
+        ("cub200_b100_inc20", "cub_B100_Inc20"),
+        ("imagenet-r_B0_Inc20", "imagenetr_B0_Inc20"),
+        ("Stanford-Cars-B50-Inc10", "cars_B50_Inc10"),
+        ("sun397_B150_Inc30", "sun_B150_Inc30"),
+        ("aircraft_B0_Inc5", "aircraft_B0_Inc5"),
+    ],
+)
+def test_other_spellings(name, canonical):
+    assert preset_config(name, Path("x")).preset == canonical
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("car_0_50", "expected DATASET_Bm_Incn"),
+        ("cub_B0_Inc", "did you mean 'cub_B0_Inc20'"),
+        ("cubs_B0_Inc20", "unknown data set 'cubs'; did you mean 'cub'"),
+        ("mnist_B0_Inc2", "known: cifar224, cub,"),
+    ],
+)
+def test_names_that_mean_nothing(name, words):
+    with pytest.raises(RunError, match="--preset: .*" + words):
+        preset_config(name, Path("x"))
+
+
+def test_the_run_name_tells_data_backbone_weights_and_changes():
+    config = preset_config("cub_B0_Inc20", Path("cub"))
+    assert run_name(config) == "cub_B0_Inc20-spa-ViT-B-16-laion400m_e32-seed1"
+    dump = config.as_dict()
+    openai = RunConfig.from_dict({**dump, "backbone": "ViT-B-16/openai", "seed": 3})
+    assert run_name(openai) == "cub_B0_Inc20-spa-ViT-B-16-openai-seed3"
+    local = RunConfig.from_dict({**dump, "backbone": "local-dir:/models/my clip", "increment": 40})
+    assert run_name(local).startswith("cub_B0_Inc40-spa-my-clip-seed1")
+    k8, k9 = (run_name(RunConfig.from_dict({**dump, "spa": {"k": k}})) for k in (8, 9))
+    assert k8 != k9
+    assert k8.startswith(run_name(config) + "-")
+    plain = RunConfig(Path("/data/my birds"), "config:/x/tiny.json", init_classes=10)
+    assert run_name(plain).startswith("my-birds_B0_Inc10-spa-tiny-random-seed1")
+
+
+def test_the_settings_are_printed_and_compared():
+    dump = preset_config("cub_B0_Inc20", Path("cub")).as_dict()
+    assert "preset cub_B0_Inc20: unchanged" in describe(RunConfig.from_dict(dump))
+    other = RunConfig.from_dict({**dump, "increment": 10, "spa": {"eps": 0.05}, "device": "cuda"})
+    assert changes(other) == {"increment": (20, 10), "eps": (0.1, 0.05)}
+    text = " ".join(describe(other))
+    assert "settings: data=cub, backbone=ViT-B-16/laion400m_e32" in text
+    assert "preset cub_B0_Inc20: increment=10 (preset: 20), eps=0.05 (preset: 0.1)" in text
+    assert "(no published setting)" in describe(preset_config("cub_B0_Inc5", Path("cub")))[-1]
+
+
+# --- stand-ins of the data sets
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    return write_all_twins(tmp_path_factory.mktemp("data"), per_class=1)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_preset_runs_over_its_data(name, twins, backbone, monkeypatch):
+    """Folders, labels, texts, features and all tasks, with class means as the method."""
+    data_set = parse_preset(name)[0]
+    values = preset_config(name, twins / data_set.folder).as_dict()
+    config = RunConfig.from_dict({**values, "method": "simple_cil"})
+    # The prompts of all presets are 25,000 texts; one of each batch shows that the path works.
+    encode = Backbone.encode_texts
+    monkeypatch.setattr(Backbone, "encode_texts", lambda self, t: encode(self, t[:1]).expand(len(t), -1))
+    experiment = prepare(config, twins / "features", backbone)
+    outcome = run_tasks(experiment.stream, SimpleCil(), lambda outcome: None)
+    first = [label_names(data_set)[i] for i in class_order(data_set.classes)[:3]]
+    assert experiment.names[:3] == first
+    assert sum(outcome.matrix.sizes) == data_set.classes
+    assert [len(task) for task in experiment.stream.tasks[1:]] == [config.increment] * (
+        len(experiment.stream.tasks) - 1
+    )
+
+
+@ONE_IMAGE
+@pytest.mark.slow("trains spa on all 20 presets, about ten minutes: run it with -m slow")
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_spa_trains_on_a_preset(name, twins, backbone_config, tmp_path):
+    args = ["train", "--preset", name, "--data-root", str(twins), "--backbone", f"config:{backbone_config}"]
+    assert main([*args, "--epochs", "1", "--k", "4", "--out", str(tmp_path / "run")]) == 0
+
+
+@ONE_IMAGE
+def test_train_by_preset(twins, backbone_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = ["train", "--preset", "FGVC-Aircraft B50 Inc10", "--data-root", str(twins)]
+    args += ["--backbone", f"config:{backbone_config}", "--epochs", "1", "--k=4", "--increment", "25"]
+    assert main(args) == 0
+    (run,) = (tmp_path / "runs").glob("aircraft_B50_Inc25-spa-tiny-random-seed1-*")
+    row = json.loads((run / "results.json").read_text())
+    assert row["config"]["preset"] == "aircraft_B50_Inc10"
+    assert row["protocol"]["tasks"] == [50, 25, 25]
+    changed = row["protocol"]["changed"]
+    assert {key: changed[key]["preset"] for key in changed} == {
+        **{"backbone": "ViT-B-16/laion400m_e32", "increment": 10, "epochs": 10, "k": 16}
+    }
+    assert len(row["protocol"]["descriptions_sha256"]) == 64
+    text = " ".join(capsys.readouterr().out.split())
+    assert "preset aircraft_B50_Inc10: backbone=config:" in text
+    assert "k=4 (preset: 16)" in text
+    assert main(["eval", str(run)]) == 0
+
+
+def test_help_of_a_preset_shows_its_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--preset", "sun_B150_Inc30", "--help"])
+    assert "(default: 150)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--preset", "cub_B0_Inc20"), "--data: cub: expected --data FOLDER, or --data-root"),
+        (("--preset", "cub_B0_Inc20", "--data-root", "/no/root"), "--data-root: no such folder: /no/root"),
+        (("--preset", "cub_B0_Inc20", "--config", "x.json"), "--preset, --config: expected one of them"),
+        (("--config", "/no/x.json", "--data-root", "."), "--config: no such file"),
+        (("--data-root", "."), "--data-root: expected --preset or --config"),
+    ],
+)
+def test_what_a_preset_needs(args, words, capsys):
+    assert main(["train", *args]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_missing_data_name_the_tree_and_its_makers(tmp_path, capsys):
+    for data_set in DATA_SETS.values():
+        assert main(["train", "--preset", data_set.presets[0], "--data-root", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert f"no {data_set.key} in {tmp_path}" in error
+        assert str(tmp_path / data_set.folder) in error
+        assert "published at https://" in error
+        assert len(error.strip().splitlines()) == 1
+
+
+def test_two_folders_of_one_data_set(tmp_path, capsys):
+    for name in ("cub", "CUB_200"):
+        (tmp_path / name).mkdir()
+    assert main(["train", "--preset", "cub_B0_Inc20", "--data-root", str(tmp_path)]) == 2
+    assert "CUB_200 and cub are both cub" in capsys.readouterr().err
+
+
+def test_too_many_or_other_folders(tmp_path, capsys):
+    data_set = DATA_SETS["food101"]
+    folder = write_twin(tmp_path, data_set, 100, 100)
+    for split in ("train", "test"):
+        (folder / split / "waffles").mkdir()
+        (folder / split / "waffles" / "1.jpg").write_bytes(b"")
+    assert main(["train", "--preset", "food101_B0_Inc10", "--data-root", str(tmp_path)]) == 2
+    assert "101 folders, 100 labels; folders without a label: waffles" in capsys.readouterr().err
+
+
+# --- experiment files
+
+
+ENGINE = {
+    **{"prefix": "-", "dataset": "cub", "memory_size": 0, "memory_per_class": 0, "fixed_memory": True},
+    **{"shuffle": True, "init_cls": 100, "increment": 20, "model_name": "engine", "convnet_type": "clip"},
+    **{"device": ["0"], "seed": [1993], "projection_type": "pure_mlp", "frozen_layers": "visual"},
+    **{"tuned_epoch": 7, "init_lr": 0.04, "batch_size": 32, "weight_decay": 0.02, "min_lr": 0},
+    **{"optimizer": "sgd", "text_des": 2, "image_aug": 2, "rerank": 0.8, "stat": 0.95, "sample_num": 0},
+    **{"sample_noise": 0.25, "rerank_top": 5},
+}
+AREA = {
+    **{"prefix": "-", "dataset": "cars", "shuffle": True, "init_cls": 50, "increment": 10},
+    **{"model_name": "area", "convnet_type": "clip", "device": ["7"], "seed": [1993], "epochs": 20},
+    **{"milestones": [8, 15], "init_lr": 0.01, "batch_size": 64, "optimizer": "sgd", "rerank": 0.5},
+    **{"samples_per_class": 4, "text_des_path": "[PATH]", "K": 8, "g_lambda": 0.0},
+}
+C3BOX = {
+    **{"prefix": "-", "backbone_type": "clip", "model_name": "simplecil", "shuffle": True, "init_cls": 10},
+    **{"increment": 10, "device": ["0", "1"], "seed": [1993, 1994], "epochs": 20, "dataset": "cifar224"},
+    **{"memory_size": 2000, "beta": 1, "vib_lambda": 1.0, "total_class_num": 100},
+}
+PILOT = {
+    **{"prefix": "reproduce", "dataset": "imagenetr", "memory_size": 0, "shuffle": False, "init_cls": 20},
+    **{"increment": 20, "model_name": "simplecil", "backbone_type": "pretrained_vit_b16_224"},
+    **{"device": ["-1"], "seed": [7], "init_lr": 0.01, "batch_size": 48, "weight_decay": 0.0005},
+}
+
+
+def read(document, tmp_path):
+    path = tmp_path / "experiment.json"
+    path.write_text(json.dumps(document))
+    return read_experiment(path, lambda data_set: tmp_path)
+
+
+@pytest.mark.parametrize("document", [ENGINE, AREA, C3BOX, PILOT], ids=["engine", "area", "c3box", "pilot"])
+def test_every_key_of_an_experiment_is_accounted_for(document, tmp_path):
+    _, lines = read(document, tmp_path)
+    for key in document:
+        assert sum(line.startswith(f"  {key} = ") for line in lines) == 1, key
+
+
+def test_an_engine_experiment(tmp_path):
+    config, lines = read(ENGINE, tmp_path)
+    assert config.preset == "cub_B100_Inc20"
+    assert (config.init_classes, config.increment, config.order_seed) == (100, 20, 1993)
+    assert (config.spa.epochs, config.spa.lr, config.spa.batch_size, config.spa.weight_decay) == (
+        7,
+        0.04,
+        32,
+        0.02,
+    )
+    assert config.method == "spa"
+    assert (
+        "  model_name = 'engine': method=spa in its place: there is no such method here; see --method"
+        in lines
+    )
+    assert not [line for line in lines if "warning" in line]
+
+
+def test_an_area_experiment_is_read_by_its_keys(tmp_path):
+    config, _ = read(AREA, tmp_path)
+    assert config.preset == "cars_B50_Inc10"
+    assert (config.spa.schedule, config.spa.epochs, config.spa.pseudo_per_class) == ("step", 20, 4)
+
+
+def test_a_c3box_experiment_names_unknown_keys(tmp_path):
+    config, lines = read(C3BOX, tmp_path)
+    assert (config.preset, config.init_classes, config.method) == ("cifar224_B0_Inc10", 0, "simple_cil")
+    assert lines[-1].endswith("unknown keys, not used: beta, vib_lambda")
+    assert "  memory_size = 2000: no effect (no images are stored)" in lines
+    assert "  seed = [1993, 1994]: order_seed=1993; the others need runs of their own" in lines
+
+
+def test_a_pilot_experiment(tmp_path):
+    config, lines = read(PILOT, tmp_path)
+    assert (config.shuffle, config.order_seed, config.device) == (False, 7, "cpu")
+    assert [line for line in lines if "backbone_type" in line and "it is no CLIP" in line]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"init_cls": "10"}, "init_cls: expected a whole number from 1, got '10'"),
+        ({"increment": 0}, "increment: expected a whole number from 1, got 0"),
+        ({"increment": True}, "increment: expected a whole number"),
+        ({"seed": ["x"]}, "seed: expected a whole number"),
+        ({"seed": []}, "seed: expected a whole number"),
+        ({"shuffle": 1}, "shuffle: expected true or false"),
+        ({"dataset": 3}, "dataset: expected a text"),
+        ({"init_lr": "fast"}, "init_lr: expected a number"),
+        ({"tuned_epoch": 0}, "epochs: expected at least 1"),
+        ({"optimizer": "lion"}, "optimizer: expected sgd, adam or adamw"),
+        ({"device": {}}, None),
+    ],
+)
+def test_values_that_cannot_be_read(change, words, tmp_path):
+    if words is None:
+        assert read({**ENGINE, **change}, tmp_path)[0].device == "cpu"
+        return
+    with pytest.raises(RunError, match=words):
+        read({**ENGINE, **change}, tmp_path)
+
+
+def test_an_experiment_without_a_data_set(tmp_path):
+    with pytest.raises(RunError, match="missing key 'dataset'; did you mean 'data_set'"):
+        read({**{k: v for k, v in ENGINE.items() if k != "dataset"}, "data_set": "cub"}, tmp_path)
+    with pytest.raises(RunError, match="expected an object"):
+        read([1], tmp_path)
+
+
+@ONE_IMAGE
+def test_train_by_experiment(twins, backbone_config, tmp_path, capsys):
+    path = tmp_path / "aircraft_50_10.json"
+    path.write_text(json.dumps({**ENGINE, "dataset": "aircraft", "init_cls": 50, "increment": 10}))
+    args = ["train", "--config", str(path), "--data-root", str(twins), "--out", str(tmp_path / "r")]
+    assert main([*args, "--backbone", f"config:{backbone_config}", "--epochs", "1", "--k", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "rerank = 0.8: no effect" in text
+    config = json.loads((tmp_path / "r" / "results.json").read_text())["config"]
+    assert (config["spa"]["epochs"], config["spa"]["lr"]) == (1, 0.04)
+
+
+def test_an_unknown_data_set_is_a_folder_of_images(colours, backbone_config, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({**ENGINE, "dataset": "mstar", "init_cls": 4, "increment": 3}))
+    args = ["train", "--config", str(path), "--backbone", f"config:{backbone_config}", "--epochs", "1"]
+    assert main([*args, "--out", str(tmp_path / "r")]) == 2
+    args += ["--data", str(colours[0]), "--descriptions", str(colours[1]), "--k", "4"]
+    assert main([*args, "--out", str(tmp_path / "r")]) == 0
