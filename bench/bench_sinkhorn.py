@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from cases import DEVICE, TransportCase
-from measure import seconds_and_peak_mb, synchronised
+from measure import synchronised, time_row
 from peers import PEERS, rows
 from torch import Tensor
 
 from spa_fast import SinkhornAlign, sinkhorn
-from spa_fast._native import native_info
 
 # Problems that parity is asserted on: the fp64 reference is slow.
 CHECKED = 640
@@ -54,28 +53,6 @@ def check(case: TransportCase, who: str, score: Any, grad: Any) -> None:
 
 def _array(x: Any) -> Any:
     return x if isinstance(x, Tensor) else np.array(x)
-
-
-def time_row(benchmark: Any, run: Any, parity: Any = None, **info: Any) -> None:
-    """Rounds by how long one call takes: a slow peer's few, none longer than needed."""
-    once, peak, out = seconds_and_peak_mb(run)
-    if parity is not None:
-        parity(*out)
-    if once < 0.5:
-        # What the first call sets up once is not the call's memory.
-        once, peak, out = seconds_and_peak_mb(run)
-    del out
-    benchmark.extra_info |= {
-        "dtype": "float32",
-        "device": DEVICE,
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "simd": native_info().get("simd"),
-        "peak_mem_mb": None if peak is None else round(peak, 1),
-        **info,
-    }
-    rounds, iterations = max(2, min(30, int(1 / once))), max(1, round(1e-3 / once))
-    benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=0 if once > 0.1 else 3)
 
 
 def run_case(benchmark: Any, not_measured: Any, case: TransportCase, who: str, backward: bool) -> None:

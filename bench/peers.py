@@ -198,7 +198,7 @@ def _isa_missing(isa: str) -> str | None:
     return None
 
 
-def _no_compiler() -> str | None:
+def no_compiler() -> str | None:
     if DEVICE == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "no C++ compiler for torch.compile"
     return None
@@ -236,7 +236,7 @@ PEERS = {
         partial(looped, loop=torch_loop, unrolled=True), grad="unroll", backward=tuple(TRANSPORT)
     ),
     "torch loop, plan detached": Peer(partial(looped, loop=torch_loop, unrolled=False), cases=()),
-    "torch.compile of the loop": Peer(compiled, _no_compiler, grad="unroll", cases=(MAIN,)),
+    "torch.compile of the loop": Peer(compiled, no_compiler, grad="unroll", cases=(MAIN,)),
     "PLOT's kernel-space loop": Peer(
         partial(looped, loop=plot_loop, unrolled=False), backward=tuple(TRANSPORT)
     ),

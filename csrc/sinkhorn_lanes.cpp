@@ -20,19 +20,6 @@ constexpr float kMinScaling = 1e-36f;      // u and v stay normal numbers
 // Sums of the log domain, whose terms below 2^-1000 are lost and above 2^1000 cut.
 constexpr double kLogTiny = 0x1p-300, kLogHuge = 0x1p300;
 
-// Hands out consecutive aligned pieces of the workspace; with no memory it only counts.
-struct Arena {
-    char* memory;
-    int64_t used = 0;
-
-    template <class V>
-    V* take(int64_t n) {
-        V* piece = reinterpret_cast<V*>(memory + used);
-        used += (n * static_cast<int64_t>(sizeof(V)) + 63) / 64 * 64;
-        return piece;
-    }
-};
-
 struct Group {
     F *cost, *a, *b;  // [K, M], [K], [M]; entries without weight are 0 in cost
     F *f, *g;         // results, units of cost

@@ -7,7 +7,7 @@ beyond that is measured by bench/tune.py and read back by `_configs`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Entries of a padded tile. 32 a lane take about 225 registers; 16384 entries would need 16 warps, where a
 # thread has 128 registers, and spill.
@@ -76,3 +76,60 @@ def default_blocks(K: int, M: int, limit: int, per_warp: int) -> BlockConfig:
     registers."""
     entries = min(next_power_of_2(K) * next_power_of_2(M), limit)
     return BlockConfig(min(8, max(1, entries // per_warp)), entries)
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """Launch geometry of a kernel of one image's patches and some classes' tokens, powers of two all.
+
+    A block of block_n patches and `columns` tokens, those of `classes` classes padded to a power of two, is
+    summed over block_d features at a time. aligned: classes whose transport the selecting kernel then solves
+    at once, 0 where launches of their own do.
+    """
+
+    num_warps: int
+    num_stages: int
+    block_n: int
+    columns: int
+    block_d: int
+    classes: int
+    aligned: int = 0
+
+
+def default_patches(N: int, K: int, M: int, itemsize: int) -> PatchConfig:
+    """128 x 128 similarities for the tensor cores, which take 16-bit features, 32 x 64 for fp32; at most 32
+    keys a lane, one of each patch and class, are sorted in registers, 16 where more than 256 are kept."""
+    return _patches(N, K, M, itemsize, 1)
+
+
+def default_scores(N: int, K: int, M: int, by_M: int, itemsize: int) -> PatchConfig:
+    """As `default_patches` for selection by by_M tokens, with the transport of K x M in the same kernel where
+    a warp holds a problem, 32 entries a lane (16 in fp32 and past 16 columns), and selects by 128 columns.
+    """
+    warps = 4 if itemsize == 4 or next_power_of_2(by_M) > 16 else 8
+    entries = next_power_of_2(K) * next_power_of_2(M)
+    fits = entries <= (512 if itemsize == 4 or M > 16 else 1024) and warps * next_power_of_2(by_M) <= 128
+    if not fits:
+        return default_patches(N, K, by_M, itemsize)
+    config = _patches(N, K, by_M, itemsize, warps)
+    return replace(config, num_warps=warps, block_n=min(config.block_n, 16 * warps), aligned=warps)
+
+
+def default_kept(K: int, M: int, itemsize: int) -> PatchConfig:
+    """Batched products put one class on each warp: 32 similarities a lane, 16 in fp32."""
+    columns = min(next_power_of_2(M), 64)
+    rows = min(next_power_of_2(K), (512 if itemsize == 4 else 1024) // columns)
+    return PatchConfig(4, 2, rows, columns, 64 // itemsize, 4)
+
+
+def default_grad(M: int, itemsize: int) -> PatchConfig:
+    """Products of gradients, gathered in fp32, with 64 features of patches or tokens; 32 columns spill."""
+    rows = 32 if itemsize == 4 else 64
+    return PatchConfig(4, 2, rows, 16, 64, max(1, 16 // next_power_of_2(M)))
+
+
+def _patches(N: int, K: int, M: int, itemsize: int, least: int) -> PatchConfig:
+    rows, side, warps, block_d = (32, 64, 4, 16) if itemsize == 4 else (128, 128, 8, 64)
+    M2, keys = next_power_of_2(M), 32 * warps * (16 if K > 256 else 32)
+    classes = max(least, min(side // M2, keys // next_power_of_2(N), 32))
+    return PatchConfig(warps, 3, min(rows, rows * side // (classes * M2)), classes * M2, block_d, classes)

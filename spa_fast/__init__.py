@@ -8,7 +8,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 from spa_fast.align import PatchAligner, SinkhornAlign
 from spa_fast.gaussian import GaussianBank, sample_gaussian
-from spa_fast.patches import spa_scores, topk_patches
+from spa_fast.patches import PatchScores, spa_scores, topk_patches
 from spa_fast.transport import SinkhornOutput, sinkhorn, sinkhorn_align
 
 __version__ = "0.1.0"
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GaussianBank",
     "PatchAligner",
+    "PatchScores",
     "SinkhornAlign",
     "SinkhornOutput",
     "__version__",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -14,6 +15,8 @@ BACKENDS = ("auto", "triton", "native", "reference")
 
 # Longest side of a problem that the compiled solvers take.
 MAX_SIDE = 256
+# Most patches of an image that the compiled selections take.
+MAX_PATCHES = 1024
 
 
 def available() -> dict[str, str | None]:
@@ -38,21 +41,43 @@ def resolve(backend: str, cost: Tensor) -> str:
         RuntimeError: the named backend cannot run this; says why.
         ValueError: an unknown name.
     """
+    K, M = cost.shape[-2:]
+    return _resolve(backend, cost, {"K": (K, MAX_SIDE), "M": (M, MAX_SIDE)})
+
+
+def resolve_patches(backend: str, features: Sequence[Tensor], k: int) -> str:
+    """The backend that keeps k of N patches by classes of M tokens; rules and errors of `resolve`.
+
+        device | dtype            | sides                        | backend
+        cuda   | fp16, bf16, fp32 | N <= 1024, M <= 256, k <= 256 | triton
+        cpu    | fp16, bf16, fp32 | N <= 1024, M <= 256, k <= 256 | native
+        any    | any float        | any                          | reference
+
+    Args:
+        features: patches [B, N, D] and tokens [C, M, D], and so on where two spaces take part.
+    """
+    N, M = features[0].shape[1], max(tokens.shape[1] for tokens in features[1::2])
+    widest = next((x for x in features if x.dtype == torch.float64), features[0])
+    return _resolve(backend, widest, {"N": (N, MAX_PATCHES), "M": (M, MAX_SIDE), "k": (k, MAX_SIDE)})
+
+
+def _resolve(backend: str, x: Tensor, sides: dict[str, tuple[int, int]]) -> str:
+    """`sides`: name to size and the longest that compiled code takes."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "reference" or torch.compiler.is_compiling():
         return backend
     if backend == "auto":
-        backend = {"cuda": "triton", "cpu": "native"}.get(cost.device.type, "reference")
-        return backend if backend != "reference" and _obstacle(backend, cost) is None else "reference"
-    reason = _obstacle(backend, cost)
+        backend = {"cuda": "triton", "cpu": "native"}.get(x.device.type, "reference")
+        return backend if backend != "reference" and _obstacle(backend, x, sides) is None else "reference"
+    reason = _obstacle(backend, x, sides)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} is not usable: {reason}")
     return backend
 
 
-def _obstacle(backend: str, cost: Tensor) -> str | None:
-    device = cost.device.type
+def _obstacle(backend: str, x: Tensor, sides: dict[str, tuple[int, int]]) -> str | None:
+    device = x.device.type
     reason = _triton_reason() if backend == "triton" else _native_reason()
     if reason is not None:
         return reason
@@ -60,11 +85,11 @@ def _obstacle(backend: str, cost: Tensor) -> str | None:
         return f"it takes CPU tensors, got {device}"
     if backend == "triton" and device != "cuda" and not (device == "cpu" and _interpreted()):
         return f"it takes CUDA tensors (CPU tensors under Triton's interpreter only), got {device}"
-    if cost.dtype == torch.float64:
+    if x.dtype == torch.float64:
         return "it takes fp16, bf16 and fp32, got torch.float64"
-    K, M = cost.shape[-2:]
-    if K > MAX_SIDE or M > MAX_SIDE:
-        return f"it takes K, M <= {MAX_SIDE}, got {K} x {M}"
+    for name, (size, longest) in sides.items():
+        if size > longest:
+            return f"it takes {name} <= {longest}, got {size}"
     return None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spa_fast import _checks as checks
+from spa_fast._ops.similarity import similarity as inner
 from spa_fast._ops.unit import unit
 
 NONFINITE = ("raise", "propagate", "zero")
@@ -57,16 +58,17 @@ def similarity(p: Tensor, s: Tensor, all_pairs: bool) -> Tensor:
 
     All pairs lie as one GEMM leaves them, [B, K, C, M].
     """
-    with torch.autocast(p.device.type, enabled=False):
-        if not all_pairs:
-            return p @ s.transpose(1, 2)
-        B, K, D = p.shape
-        C, M, _ = s.shape[-3:]
-        if s.dim() == 4:
-            sim = p @ s.reshape(B, C * M, D).transpose(1, 2)
-        else:
-            sim = p.reshape(B * K, D) @ s.reshape(C * M, D).T
-        return sim.view(B, K, C, M).transpose(1, 2)
+    sim: Tensor
+    if not all_pairs:
+        sim = inner(p, s)
+        return sim
+    B, K, D = p.shape
+    C, M, _ = s.shape[-3:]
+    if s.dim() == 4:
+        sim = inner(p, s.reshape(B, C * M, D))
+    else:
+        sim = inner(p.reshape(1, B * K, D), s.reshape(1, C * M, D))
+    return sim.view(B, K, C, M).transpose(1, 2)
 
 
 def normalize_weights(weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Command line: spa-fast train | eval | predict | demo | env."""
+"""Command line: spa-fast train | eval | predict | explain | demo | env."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -61,6 +62,26 @@ def predict(run: Positional[Path], images: Positional[tuple[Path, ...]], /, top:
         say(line)
 
 
+def explain(
+    run: Positional[Path],
+    image: Positional[Path],
+    /,
+    name: Annotated[str, tyro.conf.arg(name="class")],
+    out: Path = Path("explanation.png"),
+) -> None:
+    """Draw the patches that a class keeps of an image, every patch's relevance, and the transport plan.
+
+    Args:
+        run: run folder of spa.
+        image: image file.
+        name: class whose descriptions choose and are aligned.
+        out: PNG to write, in place of an earlier one.
+    """
+    from spa_fast.cil.predict import explain_image
+
+    say(explain_image(run, image, name, out))
+
+
 def demo(out: Path = Path("runs/demo"), seeds: int = 3, first_seed: int = 0) -> None:
     """Run the ablation ladder over the embedded world: offline, no GPU.
 
@@ -92,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": train,
         "eval": evaluate,
         "predict": predict,
+        "explain": explain,
         "demo": demo,
         "env": env,
     }
