@@ -65,7 +65,8 @@ def time_row(benchmark: Any, run: Any, parity: Any = None, **info: Any) -> None:
         "peak_mem_mb": None if peak is None else round(peak, 1),
         **info,
     }
-    rounds, iterations = max(2, min(30, int(1 / once))), max(1, round(1e-3 / once))
+    # Beyond a second the call above was the warm-up, and one more is timed.
+    rounds, iterations = max(1, min(30, int(1 / once) + 1)), max(1, round(1e-3 / once))
     benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=0 if once > 0.1 else 3)
 
 

@@ -163,8 +163,8 @@ void grad_patches(const SpaScoresGradArgs& args, const GradChunk& chunk, int64_t
         dots(s.rows, k, s.tokens, s.width, M, s.width, s.sums, grad_sim);
         if (mask) uniform_weights(mask, args.indices + p * k, k, s.a);
         if (from.token_mask) uniform_weights(from.token_mask + c * M, nullptr, M, s.b);
-        // The solver's is that of a cost, turned round; <P, S> grows with S.
-        const float upstream = args.value ? args.grad_score[p] : -args.grad_score[p];
+        // The value is that of the cost 1 - S and falls with S.
+        const float upstream = args.value ? -args.grad_score[p] : args.grad_score[p];
         SPA_FAST_NAME(grad_, SPA_FAST_ISA)
         ({{grad_sim, CostType::f32, 1, true, s.a, 0, s.b, 0, 1, k, M, args.eps},
           &upstream,

@@ -219,12 +219,6 @@ struct Aligner {
                                     args.n_iter + first,
                                     marginal_error};
         solver.solve(problems, 0, solver_memory);
-        for (int64_t p = 0; p < pending && !args.value; ++p) {
-            float mass_a = 0, mass_b = 0;
-            for (int64_t i = 0; i < k; ++i) mass_a += a[p * k + i];
-            for (int64_t j = 0; j < M; ++j) mass_b += b[p * M + j];
-            args.score[first + p] = (mass_a > 0 && mass_b > 0 ? 1 : 0) - args.score[first + p];
-        }
         pending = 0;
     }
 };

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ._tiles import MAX_REGISTERS, default_grad, next_power_of_2
 from .patches_cosine import inverse_norms
-from .patches_kept import kept_cost
+from .patches_kept import kept_similarity
 from .sinkhorn_grad import sinkhorn_bwd
 
 
@@ -198,13 +198,13 @@ def spa_scores_bwd(
 
     Returns:
         Gradients in the dtype of patches, an unneeded one of size 0. Deterministic. Takes twice the kept
-        costs [B, C, k, M] in fp32 beside it, and gradients in fp32 for 16-bit features.
+        cosines [B, C, k, M] in fp32 beside it, and gradients in fp32 for 16-bit features.
     """
-    cost, a, b = kept_cost(patches, tokens, indices, patch_mask, token_mask)
-    P, k, M = cost.shape
+    sim, a, b = kept_similarity(patches, tokens, indices, patch_mask, token_mask)
+    P, k, M = sim.shape
     grad = sinkhorn_bwd(
         grad_score.reshape(P).contiguous(),
-        cost,
+        sim,
         a,
         b,
         f.view(P, k),
@@ -213,7 +213,6 @@ def spa_scores_bwd(
         eps,
         value,
         mode,
+        similarity=True,
     )
-    return kept_bwd(
-        -grad if value else grad, patches, tokens, indices, patch_mask, token_mask, need_patches, need_tokens
-    )
+    return kept_bwd(grad, patches, tokens, indices, patch_mask, token_mask, need_patches, need_tokens)

@@ -1,4 +1,4 @@
-"""Cosines of the patches that were kept for a class, and their costs in memory."""
+"""Cosines of the patches that were kept for a class, in registers and in memory."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def kept_cosines(
 
 
 @triton.jit(do_not_specialize=["groups", "C", "N", "M", "k"])
-def _kept_cost_kernel(
-    patches_ptr, tokens_ptr, inv_patches_ptr, inv_tokens_ptr, indices_ptr, cost_ptr, groups, C, N, M, k, D,
+def _kept_similarity_kernel(
+    patches_ptr, tokens_ptr, inv_patches_ptr, inv_tokens_ptr, indices_ptr, sim_ptr, groups, C, N, M, k, D,
     SCALE: tl.constexpr, CLASSES: tl.constexpr, N2: tl.constexpr, M2: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """cost [B, C, k, M] = 1 - cos of kept patches. A program owns a block of it for CLASSES of an image."""
+    """sim [B, C, k, M] of kept patches. A program owns a block of it for CLASSES of an image."""
     program = tl.program_id(0).to(tl.int64)
     b = program // groups
     c = program % groups * CLASSES
@@ -58,17 +58,17 @@ def _kept_cost_kernel(
         inv_tokens_ptr + c * M2, first, M, D, M2, BLOCK_M, BLOCK_D, SCALE,
     )  # fmt: skip
     j = first + tl.arange(0, BLOCK_M)[None, None, :]
-    tl.store(cost_ptr + at[:, :, None] * M + j, 1 - sim, mask=inside[:, :, None] & (j < M))
+    tl.store(sim_ptr + at[:, :, None] * M + j, sim, mask=inside[:, :, None] & (j < M))
 
 
-def kept_cost(
+def kept_similarity(
     patches: torch.Tensor,
     tokens: torch.Tensor,
     indices: torch.Tensor,
     patch_mask: torch.Tensor | None,
     token_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """1 - cos of the patches that indices [B, C, k] name, [B * C, k, M] fp32, and the weights a [1 or B * C,
+    """Cosines of the patches that indices [B, C, k] name, [B * C, k, M] fp32, and the weights a [1 or B * C,
     k], b [1 or B * C, M], uniform over the unmasked."""
     (B, N, D), (C, M, _), k = patches.shape, tokens.shape, indices.shape[2]
     N2, M2 = next_power_of_2(N), next_power_of_2(M)
@@ -76,19 +76,19 @@ def kept_cost(
     groups, block_m = triton.cdiv(C, config.classes), min(M2, config.columns)
     inverse = inverse_norms(patches, patch_mask, B, N2)
     features = patches, tokens, inverse, inverse_norms(tokens, token_mask, groups * config.classes, M2)
-    cost = torch.empty(B * C, k, M, dtype=torch.float32, device=patches.device)
+    sim = torch.empty(B * C, k, M, dtype=torch.float32, device=patches.device)
     with torch.cuda.device_of(patches):
-        _kept_cost_kernel[(B * groups, triton.cdiv(k, config.block_n), triton.cdiv(M, block_m))](
-            *features, indices, cost, groups, C, N, M, k, D, SCALE=patches.dtype == torch.float32,
+        _kept_similarity_kernel[(B * groups, triton.cdiv(k, config.block_n), triton.cdiv(M, block_m))](
+            *features, indices, sim, groups, C, N, M, k, D, SCALE=patches.dtype == torch.float32,
             CLASSES=config.classes, N2=N2, M2=M2, BLOCK_N=config.block_n, BLOCK_M=block_m,
             BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
             maxnreg=MAX_REGISTERS,
         )  # fmt: skip
-    a, b = cost.new_full((1, k), 1 / k), cost.new_full((1, M), 1 / M)
+    a, b = sim.new_full((1, k), 1 / k), sim.new_full((1, M), 1 / M)
     if patch_mask is not None:
         on = patch_mask[:, None].expand(B, C, N).gather(2, indices).view(B * C, k).float()
         a = on / on.sum(-1, keepdim=True).clamp(min=1)
     if token_mask is not None:
         on = token_mask.expand(B, C, M).reshape(B * C, M).float()
         b = on / on.sum(-1, keepdim=True).clamp(min=1)
-    return cost, a, b
+    return sim, a, b

@@ -11,11 +11,13 @@ import triton.language as tl
 from ._tiles import MAX_REGISTERS, PatchConfig, default_scores, next_power_of_2
 from .patches import select, topk_patches_fwd
 from .patches_cosine import inverse_norms, kept_places, unpack
-from .patches_kept import kept_cosines, kept_cost
+from .patches_kept import kept_cosines, kept_similarity
 from .sinkhorn import _max, _scaling_loop, _sum, sinkhorn_fwd
 
 # Costs 1 - cos span 2: from this eps on e^(-cost / eps) and both scalings are normal fp32 numbers.
 MIN_FUSED_EPS = 2 / 80
+# f and g are good to 5e-7 eps, and the fused value is made of them.
+MAX_FUSED_VALUE_EPS = 1.0
 
 
 @triton.jit
@@ -145,8 +147,9 @@ def spa_scores_fwd(
         eps, max_iter, tol: as in `sinkhorn_fwd`, the cost being 1 - cos; weights are uniform.
         value: score is the regularised value of the transport instead of <P, cos>.
         config: launch geometry; None takes the default for N, k, M and the dtype. One launch does all where
-            `aligned` is positive, eps at least MIN_FUSED_EPS and every class chooses by itself; else one
-            selects, one writes the kept costs [B * C, k, M] and one solves.
+            `aligned` is positive, every class chooses by itself and eps is in the range of the fused kernel
+            (MIN_FUSED_EPS, MAX_FUSED_VALUE_EPS); else one selects, one writes the kept cosines
+            [B * C, k, M] and one solves.
 
     Returns:
         score [B, C], indices int64 [B, C, k], f [B, C, k], g [B, C, M], n_iter int32 [B, C].
@@ -158,13 +161,13 @@ def spa_scores_fwd(
     config = config or default_scores(
         N, k, M, by_M, max(patches.element_size(), select_patches.element_size())
     )
-    if not config.aligned or eps < MIN_FUSED_EPS or not class_conditional:
+    fits = eps >= MIN_FUSED_EPS and not (value and eps > MAX_FUSED_VALUE_EPS)
+    if not (config.aligned and fits and class_conditional):
         indices = topk_patches_fwd(
             select_patches, select_tokens, patch_mask, select_token_mask, k, reduce, class_conditional
         )[1]
-        cost, a, b = kept_cost(patches, tokens, indices, patch_mask, token_mask)
-        score, f, g, n_iter, _ = sinkhorn_fwd(cost, a, b, eps, max_iter, tol, value)
-        score = score if value else a.sum(-1) * b.sum(-1) - score
+        sim, a, b = kept_similarity(patches, tokens, indices, patch_mask, token_mask)
+        score, f, g, n_iter, _ = sinkhorn_fwd(sim, a, b, eps, max_iter, tol, value, similarity=True)
         return score.view(B, C), indices, f.view(B, C, k), g.view(B, C, M), n_iter.view(B, C)
     N2, M2, by_M2 = (next_power_of_2(n) for n in (N, M, by_M))
     groups = triton.cdiv(C, config.classes)

@@ -399,7 +399,8 @@ def _check(
     prefix: str = "",
 ) -> None:
     for name, x, sizes in (("patches", patches, "[B, N, D]"), ("tokens", tokens, "[C, M, D]")):
-        checks.check_float(prefix + name, x)
+        (checks.check_input if name == "patches" else checks.check_float)(prefix + name, x)
+        checks.check_reverse(prefix + name, x)
         checks.check_shape(prefix + name, x, sizes, (None, None, None))
     B, N, D = patches.shape
     C, M, _ = tokens.shape

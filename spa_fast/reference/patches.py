@@ -145,13 +145,11 @@ def spa_scores_fwd(
         u, _ = unit_rows(patches[images], part(patch_mask, images))
         for classes in class_blocks:
             here, index = (images, classes), indices[images, classes]
-            cost = 1 - kept_similarity(u, u_tokens[classes], index).view(-1, k, M)
-            a, b = _weights(index, M, part(patch_mask, images), part(token_mask, classes), cost)
-            out = sinkhorn_fwd(cost, a, b, eps, max_iter, tol, value)
-            mass = ((a != 0).any(-1) & (b != 0).any(-1)).to(a.dtype)
-            score[here] = (out[0] if value else mass - out[0]).view_as(score[here])
-            f[here], g[here], n_iter[here] = (
-                x.view_as(y[here]) for x, y in zip(out[1:4], (f, g, n_iter), strict=True)
+            sim = kept_similarity(u, u_tokens[classes], index).view(-1, k, M)
+            a, b = _weights(index, M, part(patch_mask, images), part(token_mask, classes), sim)
+            out = sinkhorn_fwd(sim, a, b, eps, max_iter, tol, value, similarity=True)
+            score[here], f[here], g[here], n_iter[here] = (
+                x.view_as(y[here]) for x, y in zip(out[:4], (score, f, g, n_iter), strict=True)
             )
     return score, indices, f, g, n_iter
 
@@ -176,13 +174,13 @@ def spa_scores_bwd(
 
     def grad_sim(images: slice, classes: slice, sim: Tensor) -> Tensor:
         K, M = sim.shape[2:]
-        cost = 1 - sim.reshape(-1, K, M)
+        flat = sim.reshape(-1, K, M)
         a, b = _weights(
-            indices[images, classes], M, part(patch_mask, images), part(token_mask, classes), cost
+            indices[images, classes], M, part(patch_mask, images), part(token_mask, classes), flat
         )
         grad, phi, psi, steps = (x[images, classes].flatten(0, 1) for x in (grad_score, f, g, n_iter))
-        grad_cost = sinkhorn_bwd(grad, cost, a, b, phi, psi, steps, eps, value, mode).view_as(sim)
-        return -grad_cost if value else grad_cost
+        out = sinkhorn_bwd(grad, flat, a, b, phi, psi, steps, eps, value, mode, similarity=True)
+        return out.view_as(sim)
 
     return similarity_bwd(
         grad_sim, patches, tokens, indices, patch_mask, token_mask, need_patches, need_tokens

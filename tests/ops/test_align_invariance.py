@@ -1,4 +1,4 @@
-"""On a CPU with compiled code the score of an image and a class is theirs alone, bit for bit."""
+"""Bitwise: an image or class scores the same alone and in a batch, masked and sliced."""
 
 from __future__ import annotations
 
@@ -6,54 +6,130 @@ import pytest
 import torch
 from torch import Tensor
 
-from spa_fast import SinkhornAlign, _backends, sinkhorn_align
+from spa_fast import SinkhornAlign, sinkhorn_align, transport
 
-pytestmark = pytest.mark.skipif(
-    _backends.available()["native"] is not None, reason="the compiled extension is absent"
-)
-
-
-def features(B: int, C: int, K: int, M: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(B + C + D)
-    return (torch.randn(n, m, D, generator=generator).to(dtype) for n, m in ((B, K), (C, M)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "size", [(5, 7, 16, 6, 63), (3, 40, 32, 16, 512), (2, 3, 1, 1, 1), (4, 5, 7, 33, 197)], ids=str
-)
-def test_align_alone_as_in_a_batch(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    patches, tokens = features(*size, dtype)
-    align = SinkhornAlign(eps=0.05, return_plan=True)
-    want = align(patches, tokens)
-    for b in range(patches.shape[0]):
-        assert torch.equal(align(patches[b : b + 1], tokens).plan[0], want.plan[b])
-    for start, step in ((0, 2), (1, 3), (2, 1)):
-        got = align(patches, tokens[start::step])
-        assert torch.equal(got.score, want.score[:, start::step])
-        assert torch.equal(got.g, want.g[:, start::step])
-    order = torch.randperm(tokens.shape[0])
-    assert torch.equal(align(patches, tokens[order]).score, want.score[:, order])
+# (images, classes, patches, tokens, width): around the block sizes of matrix products.
+SIZES = [(3, 4, 6, 5, 8), (5, 7, 32, 16, 64), (2, 33, 16, 5, 512), (17, 3, 49, 9, 96)]
+OPTIONS = [
+    {},
+    {"tol": 0, "max_iter": 20},
+    {"score": "value"},
+    {"eps": 0.01},
+    {"normalize": False, "eps": 30.0},
+]
 
 
-def test_align_mask_is_a_slice() -> None:
-    patches, tokens = features(4, 9, 16, 12, 197, torch.float32)
-    want = sinkhorn_align(patches[:, :11], tokens[:, :7])
-    patch_mask = (torch.arange(16) < 11).expand(4, 16)
-    token_mask = (torch.arange(12) < 7).expand(9, 12)
-    assert torch.equal(sinkhorn_align(patches, tokens, patch_mask=patch_mask, token_mask=token_mask), want)
+def features(size: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
+    B, C, K, M, D = size
+    return torch.randn(B, K, D, device=device), torch.randn(C, M, D, device=device)
 
 
-def test_align_ragged_as_alone() -> None:
-    patches, tokens = features(3, 12, 8, 1, 129, torch.float32)
-    rows = tokens[:, 0]
-    got = sinkhorn_align(patches, rows, cu_tokens=(0, 5, 7, 12))
-    for c, (start, end) in enumerate(((0, 5), (5, 7), (7, 12))):
-        assert torch.equal(got[:, c : c + 1], sinkhorn_align(patches, rows[None, start:end]))
+def on_device(backend: str, device: str) -> None:
+    if device == "cuda" and backend == "reference":
+        pytest.skip("the contract holds for the CPU and for triton")
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_one_image_or_class_is_the_batch_bitwise(
+    backend_device: tuple[str, str], size: tuple[int, ...], options: dict[str, object]
+) -> None:
+    backend, device = backend_device
+    on_device(backend, device)
+    align = SinkhornAlign(backend=backend, **options)
+    patches, tokens = features(size, device)
+    every = align(patches, tokens)
+    for i in (0, size[0] - 1):
+        assert torch.equal(align(patches[i : i + 1], tokens), every[i : i + 1])
+    for c in (0, size[1] - 1):
+        assert torch.equal(align(patches, tokens[c : c + 1]), every[:, c : c + 1])
+    assert torch.equal(align(patches[1:2], tokens[1:2]), every[1:2, 1:2])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_mask_is_slice_bitwise(
+    backend_device: tuple[str, str], size: tuple[int, ...], options: dict[str, object]
+) -> None:
+    backend, device = backend_device
+    on_device(backend, device)
+    if device == "cuda":
+        pytest.skip("a mask is a slice bitwise on the CPU")
+    align = SinkhornAlign(backend=backend, **options)
+    patches, tokens = features(size, device)
+    B, C, K, M, _ = size
+    k, m = (2 * K) // 3, (M + 1) // 2
+    patch_mask = (torch.arange(K) < k).expand(B, K)
+    token_mask = (torch.arange(M) < m).expand(C, M)
+    masked = align(patches, tokens, patch_mask=patch_mask, token_mask=token_mask)
+    assert torch.equal(masked, align(patches[:, :k], tokens[:, :m]))
+    assert torch.equal(align(patches, tokens, token_mask=token_mask), align(patches, tokens[:, :m]))
+    assert torch.equal(align(patches, tokens, patch_mask=patch_mask), align(patches[:, :k], tokens))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_ragged_class_is_itself_alone_bitwise(backend_device: tuple[str, str], size: tuple[int, ...]) -> None:
+    backend, device = backend_device
+    on_device(backend, device)
+    if device == "cuda":
+        pytest.skip("a mask is a slice bitwise on the CPU")
+    align = SinkhornAlign(backend=backend)
+    patches, tokens = features(size, device)
+    tokens = tokens.flatten(0, 1)
+    offsets = [0, 1, 1, len(tokens) // 2, len(tokens)]
+    scores = align(patches, tokens, cu_tokens=offsets)
+    assert not scores[:, 1].any()
+    for c in (0, 2, 3):
+        alone = align(patches, tokens[None, offsets[c] : offsets[c + 1]])
+        assert torch.equal(scores[:, c : c + 1], alone)
+
+
+def test_chunks_change_no_bit(backend_device: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, device = backend_device
+    on_device(backend, device)
+    align = SinkhornAlign(backend=backend)
+    patches, tokens = features((7, 4, 6, 5, 32), device)
+    whole = align(patches, tokens)
+    monkeypatch.setattr(transport, "_CHUNK", 300)
+    assert torch.equal(align(patches, tokens), whole)
+
+
+@pytest.mark.parametrize("size", SIZES[:2], ids=str)
+def test_gradient_of_one_image_is_that_of_the_batch_bitwise(
+    backend_device: tuple[str, str], size: tuple[int, ...]
+) -> None:
+    """Of the patches: each image's gradient comes from its own scores alone."""
+    backend, device = backend_device
+    on_device(backend, device)
+    align = SinkhornAlign(backend=backend)
+    patches, tokens = (x.requires_grad_() for x in features(size, device))
+    (every,) = torch.autograd.grad(align(patches, tokens).sum(), patches)
+    (alone,) = torch.autograd.grad(align(patches[:1], tokens).sum(), patches)
+    assert torch.equal(every[0], alone[0])
+
+
+def test_same_call_twice_gives_the_same_bits(backend_device: tuple[str, str]) -> None:
+    backend, device = backend_device
+    patches, tokens = features(SIZES[1], device)
+    tokens.requires_grad_()
+    grads = []
+    for _ in range(2):
+        scores = SinkhornAlign(backend=backend)(patches, tokens)
+        grads.append((scores, *torch.autograd.grad(scores.square().sum(), tokens)))
+    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_alone_is_the_batch_bitwise(dtype: torch.dtype) -> None:
+    patches, tokens = (x.to(dtype) for x in features((4, 5, 7, 33, 197), "cpu"))
+    every = sinkhorn_align(patches, tokens)
+    assert torch.equal(sinkhorn_align(patches[2:3], tokens), every[2:3])
+    order = torch.randperm(5)
+    assert torch.equal(sinkhorn_align(patches, tokens[order]), every[:, order])
 
 
 def test_align_own_tokens_and_pairs_as_shared() -> None:
-    patches, tokens = features(4, 6, 16, 5, 512, torch.float32)
+    patches, tokens = features((4, 6, 16, 5, 512), "cpu")
     want = sinkhorn_align(patches, tokens)
     assert torch.equal(sinkhorn_align(patches, tokens[None].expand(4, -1, -1, -1)), want)
     paired = SinkhornAlign.paired()
@@ -62,7 +138,7 @@ def test_align_own_tokens_and_pairs_as_shared() -> None:
 
 
 def test_align_layout_and_threads() -> None:
-    patches, tokens = features(5, 30, 16, 6, 64, torch.float32)
+    patches, tokens = features((5, 30, 16, 6, 64), "cpu")
     want = sinkhorn_align(patches, tokens)
     wide = torch.randn(5, 16, 100)
     wide[..., 7:71] = patches
