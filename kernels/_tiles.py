@@ -7,28 +7,43 @@ beyond that is measured by bench/tune.py and read back by `_configs`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 # Entries of a padded tile. 32 a lane take about 225 registers; 16384 entries would need 16 warps, where a
 # thread has 128 registers, and spill.
 MAX_TILE = 8192
 # Longest side of a problem.
 MAX_SIDE = 256
+# A program's first problem and all of its own are numbered in 32 bits; offsets are computed in 64.
+MAX_PROBLEMS = (1 << 31) - 1024
 # Named to ptxas, which otherwise aims at 128 by itself for some tiles and spills to get there.
 MAX_REGISTERS = 255
+
+# Entries of a block and of a lane. Twice as many a lane spill, but for the envelope: there 8 take at most 90
+# registers, so that five programs an SM hide the latency of memory. implicit computes in fp64.
+_BLOCKS = {
+    "sinkhorn_fwd": (4096, 16),
+    "sinkhorn_envelope": (1024, 8),
+    "sinkhorn_implicit": (2048, 8),
+    "sinkhorn_unroll": (2048, 8),
+}
 
 
 @dataclass(frozen=True)
 class TileConfig:
     """Launch geometry of one kernel, powers of two all: block_p * lanes_k * lanes_m = 32 * num_warps.
 
-    A program owns block_p problems; each is spread over lanes_k x lanes_m lanes and their registers.
+    A program owns block_p problems; each is spread over lanes_k x lanes_m lanes and their registers, of which
+    a thread has at most `registers` (the kernel of the value: any number).
     """
 
     num_warps: int
     block_p: int
     lanes_k: int
     lanes_m: int
+    registers: int = MAX_REGISTERS
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,24 @@ class BlockConfig:
 
     num_warps: int
     entries: int
+    registers: int = MAX_REGISTERS
+
+    def columns(self, K2: int, M2: int) -> int:
+        """Of a block that holds all K2 rows."""
+        return max(1, min(M2, self.entries // K2))
+
+
+def sizes(cost: torch.Tensor) -> tuple[int, int, int, int]:
+    """P, K, C, M of [B, K, C, M], with P = B * C, or of [P, K, M], which has C = 1."""
+    if cost.dim() == 4:
+        B, K, C, M = cost.shape
+        P = B * C
+    else:
+        P, K, M = cost.shape
+        C = 1
+    if P > MAX_PROBLEMS:
+        raise ValueError(f"cost: expected at most {MAX_PROBLEMS} problems, got {P}")
+    return P, K, C, M
 
 
 def next_power_of_2(n: int) -> int:
@@ -48,16 +81,21 @@ def in_registers(K: int, M: int) -> bool:
     return next_power_of_2(K) * next_power_of_2(M) <= MAX_TILE
 
 
-def default_config(K: int, M: int) -> TileConfig:
+def default_fwd(K: int, M: int) -> TileConfig | BlockConfig:
+    return default_tile(K, M) if in_registers(K, M) else default_blocks("sinkhorn_fwd", K, M)
+
+
+def default_tile(K: int, M: int) -> TileConfig:
     """16 entries a lane up to one warp, 32 beyond; lanes shaped for the fewest shuffles per iteration.
 
-    A thread's rows are summed over lanes_m and its columns over lanes_k.
+    A thread's rows are summed over lanes_m and its columns over lanes_k. 4 x 4 entries a lane fit 128
+    registers, with which 16 warps share an SM and hide each other's shuffles; left alone they take up to 167.
     """
-    if not in_registers(K, M):
-        raise ValueError(f"K x M padded to powers of two must have at most {MAX_TILE} entries, got {K} x {M}")
     K2, M2 = next_power_of_2(K), next_power_of_2(M)
     lanes = max(1, K2 * M2 // (16 if K2 * M2 <= 512 else 32))
-    return min(tile_configs(K2, M2, lanes), key=lambda c: _shuffles(c, K2, M2))
+    config = min(tile_configs(K2, M2, lanes), key=lambda c: _shuffles(c, K2, M2))
+    small = max(K2 // config.lanes_k, M2 // config.lanes_m) <= 4
+    return replace(config, registers=128) if small else config
 
 
 def tile_configs(K2: int, M2: int, lanes: int) -> list[TileConfig]:
@@ -71,8 +109,10 @@ def _shuffles(c: TileConfig, K2: int, M2: int) -> int:
     return rows + M2 // c.lanes_m * (c.lanes_k.bit_length() - 1)
 
 
-def default_blocks(K: int, M: int, limit: int, per_warp: int) -> BlockConfig:
-    """The whole problem, or `limit` entries of it at a time; at most 8 warps, where a thread has 255
-    registers."""
-    entries = min(next_power_of_2(K) * next_power_of_2(M), limit)
-    return BlockConfig(min(8, max(1, entries // per_warp)), entries)
+def default_blocks(op: str, K: int, M: int) -> BlockConfig:
+    """The whole problem or as many entries of it as do not spill; at most 8 warps, where a thread has 255
+    registers.
+    """
+    limit, lane = _BLOCKS[op]
+    entries = limit if op == "sinkhorn_envelope" else min(next_power_of_2(K) * next_power_of_2(M), limit)
+    return BlockConfig(min(8, max(1, entries // (32 * lane))), entries)
