@@ -3,9 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <sstream>
 #include <string>
 #include <tuple>
 
+#include "gaussian.h"
 #include "patches.h"
 #include "similarity.h"
 #include "sinkhorn.h"
@@ -176,6 +178,32 @@ void scores_backward(uintptr_t grad_score, const FeatureTuple& aligned, uintptr_
     spa_scores_bwd(args, threads, chosen);
 }
 
+GaussianArgs gaussian(uintptr_t mean, int mean_dtype, uintptr_t factor, int factor_dtype, int64_t factor_stride,
+                      uintptr_t diag, int64_t diag_stride, uintptr_t class_ids, uintptr_t seed, uintptr_t out, int kind,
+                      int64_t C, int64_t D, int64_t n, int64_t rank, int64_t first) {
+    for (const int dtype : {mean_dtype, factor_dtype})
+        if (dtype < 0 || dtype > 2)
+            throw py::value_error("dtype: expected 0 (fp32), 1 (fp16) or 2 (bf16), got " + std::to_string(dtype));
+    if (kind < 0 || kind > 2)
+        throw py::value_error("kind: expected 0 (tril), 1 (diag) or 2 (lowrank), got " + std::to_string(kind));
+    return {static_cast<FactorKind>(kind),
+            C,
+            D,
+            n,
+            rank,
+            first,
+            pointer<const void>(mean),
+            static_cast<FloatType>(mean_dtype),
+            pointer<const void>(factor),
+            static_cast<FloatType>(factor_dtype),
+            factor_stride,
+            pointer<const void>(diag),
+            diag_stride,
+            pointer<const int64_t>(class_ids),
+            pointer<const int64_t>(seed),
+            pointer<void>(out)};
+}
+
 py::dict build_info() {
     py::list compiled;
     for (const Isa isa : kIsas)
@@ -187,13 +215,40 @@ py::dict build_info() {
     info["simd_compiled"] = compiled;
     info["simd"] = isa_name(best_isa());
     info["openmp"] = openmp_enabled();
-    info["cuda_archs"] = py::list();
+    py::list archs;
+#ifdef SPA_FAST_CUDA_ARCHS
+    std::istringstream names(SPA_FAST_CUDA_ARCHS);
+    for (std::string name; std::getline(names, name, ',');) archs.append(name);
+#endif
+    info["cuda_archs"] = archs;
     return info;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+    py::class_<GaussianArgs>(module, "GaussianArgs", "A draw over raw pointers; csrc/gaussian.h has the contract.")
+        .def(py::init(&gaussian), py::kw_only(), py::arg("mean"), py::arg("mean_dtype"), py::arg("factor"),
+             py::arg("factor_dtype"), py::arg("factor_stride"), py::arg("diag"), py::arg("diag_stride"),
+             py::arg("class_ids"), py::arg("seed"), py::arg("out"), py::arg("kind"), py::arg("C"), py::arg("D"),
+             py::arg("n"), py::arg("rank"), py::arg("first"));
+    module.def(
+        "sample_gaussian_cpu",
+        [](const GaussianArgs& args, int threads, const std::string& isa) {
+            const Isa chosen = isa_of(isa);
+            const py::gil_scoped_release release;
+            sample_gaussian_cpu(args, threads, chosen);
+        },
+        "On CPU memory.", py::arg("args"), py::arg("threads"), py::arg("isa") = "auto");
+#ifdef SPA_FAST_CUDA_ARCHS
+    module.def(
+        "sample_gaussian_cuda",
+        [](const GaussianArgs& args, int device, uintptr_t stream) {
+            const py::gil_scoped_release release;
+            sample_gaussian_cuda(args, device, pointer<void>(stream));
+        },
+        "On memory of a CUDA device.", py::arg("args"), py::arg("device"), py::arg("stream"));
+#endif
     module.def("build_info", &build_info, "What this binary was built with and what it runs on this processor.");
     module.def("sinkhorn_fwd", &forward, "Entropic transport over raw CPU pointers; csrc/sinkhorn.h has the contract.",
                py::arg("cost_ptr"), py::arg("cost_dtype"), py::arg("a_ptr"), py::arg("a_stride"), py::arg("b_ptr"),

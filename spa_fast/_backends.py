@@ -17,6 +17,8 @@ BACKENDS = ("auto", "triton", "native", "reference")
 MAX_SIDE = 256
 # Most patches of an image that the compiled selections take.
 MAX_PATCHES = 1024
+# Largest D + rank that the CUDA sampler takes.
+MAX_CUDA_WIDTH = 4096
 
 
 def available() -> dict[str, str | None]:
@@ -74,6 +76,40 @@ def _resolve(backend: str, x: Tensor, sides: dict[str, tuple[int, int]]) -> str:
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} is not usable: {reason}")
     return backend
+
+
+def resolve_sampler(backend: str, mean: Tensor, factor: Tensor) -> str:
+    """The backend that draws from Gaussians of this mean and factor: "native" or "reference".
+
+    "auto" takes native on a CPU, and on CUDA where that was compiled, for fp16, bf16 and fp32; else
+    reference. A named backend is taken or refused with RuntimeError, never replaced.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "reference":
+        return backend
+    reason = "it draws nothing" if backend == "triton" else _sampler_obstacle(mean, factor)
+    if backend == "auto":
+        return "native" if reason is None else "reference"
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} is not usable: {reason}")
+    return backend
+
+
+def _sampler_obstacle(mean: Tensor, factor: Tensor) -> str | None:
+    reason = _native_reason()
+    if reason is not None:
+        return reason
+    if mean.device.type not in ("cpu", "cuda"):
+        return f"it takes CPU and CUDA tensors, got {mean.device.type}"
+    if mean.device.type == "cuda" and (reason := _native.native_info().get("cuda_reason")):
+        return f"it takes CPU tensors: {reason}"
+    if torch.float64 in (mean.dtype, factor.dtype):
+        return "it takes fp16, bf16 and fp32, got torch.float64"
+    width = sum(factor.shape[2:], mean.shape[1])
+    if mean.device.type == "cuda" and width > MAX_CUDA_WIDTH:
+        return f"it takes D + rank <= {MAX_CUDA_WIDTH} on CUDA, got {width}"
+    return None
 
 
 def _obstacle(backend: str, x: Tensor, sides: dict[str, tuple[int, int]]) -> str | None:

@@ -147,6 +147,17 @@ def check_k(k: int, patches: int | None = None) -> None:
         raise ValueError(f"k: expected >= 1, got {k}")
 
 
+def check_samples(n: int) -> None:
+    if n < 0:
+        raise ValueError(f"n: expected >= 0 samples per class, got {n}")
+
+
+def check_class_ids(ids: Tensor) -> None:
+    """int64 of any shape, as far as they can be looked at."""
+    if values_checkable(ids) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 32:
+        raise ValueError(f"class ids: expected 0 <= id < 2^32, got {int(ids.min())} to {int(ids.max())}")
+
+
 def check_weights(name: str, weights: Tensor, like_name: str, like: Tensor, shape: Sequence[int]) -> None:
     """Weights of the last dimension of `shape`: float, constant, finite, not negative."""
     check_float(name, weights)

@@ -137,6 +137,7 @@ class LocalBranch:
             chosen = own.gather(1, kept[..., None].expand(-1, -1, own.shape[-1]))
             chosen = chosen.mean(1) if self.config.local_replay == "mean" else chosen.flatten(0, 1)
             self.replay.fit(chosen, torch.full((len(chosen),), label))
+        self.replay.freeze()
 
     def pseudo_scores(self, texts: ClassTexts, old: int) -> tuple[Tensor, Tensor]:
         """Scores [n, C] of pseudo-images, each a set of drawn patches (or one mean patch), and labels [n]."""

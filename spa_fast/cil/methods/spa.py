@@ -97,6 +97,7 @@ class Spa(Method):
         if not all(bool(p.isfinite().all()) for p in self._trainable()):
             raise RunError(f"task {task.index}: training diverged; lower --lr ({config.lr})")
         self.replay.fit(whole, task.targets)
+        self.replay.freeze()
         if self.local:
             self.local.remember(patches, task.targets, texts, task.labels)
         return {"loss": mean_loss}
