@@ -1,7 +1,8 @@
 """Packages, the CMake extension, and the policy of when to build it: SPA_FAST_NATIVE=auto|on|off.
 
-auto builds where a compiler is found and goes on in pure Python otherwise, on fails loudly, off skips.
-The reason for pure Python is printed and kept in spa_fast/_native_build.json, where native_info() finds it.
+auto builds where a compiler is found and goes on in pure Python otherwise, on fails loudly, off skips. CUDA
+sources are compiled too where nvcc is found; under auto their failure costs the CUDA part only. What is left
+out is printed with the reason, which spa_fast/_native_build.json keeps for native_info().
 """
 
 import json
@@ -51,17 +52,22 @@ class BuildNative(build_ext):
     def run(self) -> None:
         target = ROOT if self.inplace else Path(self.build_lib)
         try:
-            self.cmake()
+            try:
+                cuda_reason = self.cmake(cuda=True)
+            except subprocess.CalledProcessError as error:
+                if POLICY == "on":
+                    raise
+                self.cmake(cuda=False)
+                cuda_reason = f"the CUDA build failed: {cause(error)}"
         except (OSError, subprocess.CalledProcessError) as error:
             if POLICY == "on":
                 raise
-            output = (getattr(error, "output", None) or "").strip().splitlines()
-            cause = next((line for line in output if "error" in line.lower()), str(error))
-            record(target, f"the build failed: {cause.strip()}")
+            record(target, f"the build failed: {cause(error)}")
         else:
-            record(target, None)
+            record(target, None, cuda_reason)
 
-    def cmake(self) -> None:
+    def cmake(self, cuda: bool) -> str | None:
+        """Build and install the extension; return why it is without CUDA."""
         import pybind11
 
         # --fresh: a cache from another build environment remembers tools that are gone.
@@ -71,29 +77,40 @@ class BuildNative(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DSPA_FAST_VERSION={self.distribution.get_version()}",
+            f"-DSPA_FAST_CUDA={'ON' if cuda else 'OFF'}",
             *(["-G", "Ninja"] if shutil.which("ninja") else []),
         ]
-        run(configure)
+        printed = run(configure)
         run(["cmake", "--build", str(build), "--target", "_C", "--parallel"])
         destination = Path(self.get_ext_fullpath("spa_fast._C"))
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build / destination.name, destination)
+        return next((line.partition("Without CUDA: ")[2] for line in printed if "Without CUDA" in line), None)
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str]) -> list[str]:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     sys.stdout.write(done.stdout)
     done.check_returncode()
+    return done.stdout.splitlines()
 
 
-def record(root: Path, reason: str | None) -> None:
+def cause(error: OSError | subprocess.CalledProcessError) -> str:
+    output = (getattr(error, "output", None) or "").strip().splitlines()
+    return next((line for line in output if "error" in line.lower()), str(error)).strip()
+
+
+def record(root: Path, reason: str | None, cuda_reason: str | None = None) -> None:
     package = root / "spa_fast"
     package.mkdir(parents=True, exist_ok=True)
-    (package / RECORD).write_text(json.dumps({"built": reason is None, "reason": reason}) + "\n")
+    kept = {"built": reason is None, "reason": reason, "cuda_reason": cuda_reason}
+    (package / RECORD).write_text(json.dumps(kept) + "\n")
     if reason:
         for stale in package.glob("_C.*"):
             stale.unlink()
         sys.stderr.write(f"spa_fast: pure Python, without native code: {reason}\n")
+    elif cuda_reason:
+        sys.stderr.write(f"spa_fast: native code without CUDA: {cuda_reason}\n")
 
 
 def files(pattern: str) -> list[str]:
@@ -106,7 +123,9 @@ if MISSING and POLICY == "on":
 
 # The lists only tell an sdist what to carry: CMake knows what to compile.
 native = Extension(
-    "spa_fast._C", sources=files("csrc/**/*.cpp"), depends=["CMakeLists.txt", *files("csrc/**/*.h")]
+    "spa_fast._C",
+    sources=files("csrc/**/*.cpp"),
+    depends=["CMakeLists.txt", *files("csrc/**/*.h"), *files("csrc/**/*.cu")],
 )
 setup(
     packages=[*find_packages(include=["spa_fast", "spa_fast.*"]), "spa_fast.kernels"],

@@ -1,98 +1,230 @@
-"""Patch selection and `spa_scores` beside einsum, amax, topk, gather and a kernel-space Sinkhorn loop."""
+"""Patch selection and `spa_scores` beside einsum, amax, topk, gather and PLOT's loop; parity comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
+from cases import DEVICE
+from measure import synchronised, time_row
+from peers import no_compiler
+from torch import Tensor
 
 from spa_fast import spa_scores, topk_patches
-from spa_fast.patches import align_selected, select_indices
+from spa_fast._backends import available
+from spa_fast.patches import align_selected
 
-B, N, D, C, M, K = 8, 196, 192, 100, 6, 16
+B, N, D = 8, 196, 512
 EPS, STEPS = 0.1, 100
-FLOPS = 2 * B * N * C * M * D
 
 
-@pytest.fixture(scope="module")
-def features():
-    torch.set_num_threads(1)
-    g = torch.Generator().manual_seed(0)
-    return torch.randn(B, N, D, generator=g), torch.randn(C, M, D, generator=g)
+@dataclass(frozen=True)
+class PatchCase:
+    """C classes of M tokens, k patches kept."""
+
+    M: int
+    C: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"B={B} N={N} D={D} C={self.C} M={self.M} k={self.k}"
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        g = torch.Generator().manual_seed(0)
+        shapes = (B, N, D), (self.C, self.M, D)
+        patches, tokens = (torch.randn(*shape, generator=g).to(DEVICE) for shape in shapes)
+        return patches, tokens
 
 
-def unit(x):
+MAIN = PatchCase(6, 100, 16)
+CASES = [
+    MAIN,
+    PatchCase(5, 100, 8),
+    PatchCase(5, 300, 64),
+    PatchCase(16, 100, 16),
+    PatchCase(25, 100, 32),
+]
+BACKWARD = [MAIN, PatchCase(5, 300, 64), PatchCase(25, 100, 32)]
+
+
+def unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-def gemm(patches, tokens):
-    return patches.view(B * N, D) @ tokens.view(C * M, D).T
+def gemm(patches: Tensor, tokens: Tensor) -> Tensor:
+    return patches.view(-1, D) @ tokens.view(-1, D).T
 
 
-def plain_topk(patches, tokens):
+def plain_topk(patches: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     sim = torch.einsum("bnd,cmd->bcnm", unit(patches), unit(tokens))
-    scores, indices = sim.amax(-1).topk(K, dim=-1)
-    return sim, scores, indices
+    scores, indices = sim.amax(-1).topk(k, dim=-1)
+    return scores, indices, sim
 
 
-def plain_scores(patches, tokens):
-    sim, _, indices = plain_topk(patches, tokens)
-    sim = sim.gather(2, indices[..., None].expand(-1, -1, -1, M))
+def plot_step(kernel: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    K, M = kernel.shape[-2:]
+    r = (1 / K) / (kernel @ c)
+    return r, (1 / M) / (kernel.mT @ r)
+
+
+def plain_scores(patches: Tensor, tokens: Tensor, k: int, topk: Any = None, step: Any = plot_step) -> Tensor:
+    """PLOT's loop over all pairs, STEPS iterations, the plan held fixed."""
+    _, indices, sim = (topk or plain_topk)(patches, tokens, k)
+    sim = sim.gather(2, indices[..., None].expand(-1, -1, -1, sim.shape[-1]))
     with torch.no_grad():
         kernel = ((sim - 1) / EPS).exp()
-        c = torch.ones(B, C, M, 1)
+        c = torch.ones_like(kernel[..., :1, :].mT)
         for _ in range(STEPS):
-            r = (1 / K) / (kernel @ c)
-            c = (1 / M) / (kernel.mT @ r)
+            r, c = step(kernel, c)
         plan = r * kernel * c.mT
     return (plan * sim).sum((-2, -1))
 
 
-def ours(patches, tokens, tol=0.0):
-    return spa_scores(patches, tokens, K, EPS, max_iter=STEPS, tol=tol)
+def maxsim(patches: Tensor, tokens: Tensor) -> Tensor:
+    """Its sum over patches of the largest cosine: no selection, [B, C]."""
+    from late_interaction_kernels import maxsim as kernel
+
+    return kernel(unit(patches), unit(tokens))
 
 
-def run(benchmark, function, *args, backend):
-    benchmark.extra_info.update(
-        shape=f"B={B} N={N} D={D} C={C} M={M} k={K}", dtype="float32", backend=backend, threads=1, flops=FLOPS
-    )
-    benchmark.pedantic(function, args, rounds=10, iterations=1, warmup_rounds=2)
+def ours(patches: Tensor, tokens: Tensor, k: int, backend: str, tol: float = 0.0) -> Tensor:
+    return spa_scores(patches, tokens, k, EPS, max_iter=STEPS, tol=tol, backend=backend)
 
 
-@pytest.mark.benchmark(group="topk_patches fwd")
-@pytest.mark.parametrize("who", ["gemm alone", "torch", "spa_fast"])
-def bench_topk_patches(benchmark, features, who):
-    _, want, _ = plain_topk(*features)
-    torch.testing.assert_close(topk_patches(*features, K)[0], want, rtol=1e-5, atol=1e-6)
-    function = {"gemm alone": gemm, "torch": plain_topk, "spa_fast": lambda p, s: topk_patches(p, s, K)}[who]
-    run(benchmark, function, *features, backend=who)
+def given(patches: Tensor, tokens: Tensor, k: int) -> Tensor:
+    indices = chosen(patches.shape, tokens.shape, k)
+    return align_selected(patches, tokens, indices, eps=EPS)
 
 
-@pytest.mark.benchmark(group="spa_scores fwd")
-@pytest.mark.parametrize("who", ["gemm alone", "torch T=100", "spa_fast T=100", "spa_fast tol=1e-3"])
-def bench_spa_scores(benchmark, features, who):
-    torch.testing.assert_close(ours(*features), plain_scores(*features), rtol=1e-4, atol=1e-5)
-    function = {
-        "gemm alone": gemm,
-        "torch T=100": plain_scores,
-        "spa_fast T=100": ours,
-        "spa_fast tol=1e-3": lambda p, s: ours(p, s, 1e-3),
-    }[who]
-    run(benchmark, function, *features, backend=who)
+@cache
+def chosen(patches: torch.Size, tokens: torch.Size, k: int) -> Tensor:
+    return topk_patches(*PatchCase(tokens[1], tokens[0], k).features(), k)[1]
 
 
-@pytest.mark.benchmark(group="spa_scores fwd+bwd")
-@pytest.mark.parametrize("who", ["torch T=100", "spa_fast tol=1e-3", "spa_fast, indices given"])
-def bench_spa_scores_fwd_bwd(benchmark, features, who):
-    leaves = [x.clone().requires_grad_() for x in features]
-    indices = select_indices(*features, K)
-    function = {
-        "torch T=100": plain_scores,
-        "spa_fast tol=1e-3": lambda p, s: ours(p, s, 1e-3),
-        "spa_fast, indices given": lambda p, s: align_selected(p, s, indices, eps=EPS),
-    }[who]
+@dataclass(frozen=True)
+class Row:
+    run: Callable[[Tensor, Tensor, int], Any]
+    reason: Callable[[], str | None] = lambda: None
+    cases: tuple[PatchCase, ...] = tuple(CASES)
+    checked: bool = True
 
-    def step():
-        return torch.autograd.grad(function(*leaves).sum(), leaves)
 
-    want = torch.autograd.grad(plain_scores(*leaves).sum(), leaves)
-    for got, expected in zip(step(), want, strict=True):
-        assert float((got - expected).norm() / expected.norm()) < 2e-2
-    run(benchmark, step, backend=who)
+def _compiled(scores: bool) -> Callable[[Tensor, Tensor, int], Any]:
+    # One iteration is compiled: all of them in one graph take minutes to compile and run no faster.
+    topk, step = torch.compile(plain_topk, dynamic=False), torch.compile(plot_step, dynamic=False)
+    return partial(plain_scores, topk=topk, step=step) if scores else lambda p, s, k: topk(p, s, k)
+
+
+def _no_maxsim() -> str | None:
+    if DEVICE != "cuda":
+        return "no CUDA device"
+    return None if find_spec("late_interaction_kernels") else "late-interaction-kernels is not installed"
+
+
+def _why_not(backend: str) -> Callable[[], str | None]:
+    if backend == "native" and DEVICE == "cuda":
+        return lambda: "it runs on the CPU"
+    return lambda: available()[backend]
+
+
+TOPK = {
+    "torch: einsum, amax, topk": Row(plain_topk),
+    "gemm alone": Row(lambda p, s, k: gemm(p, s), checked=False),
+    "torch.compile of it": Row(_compiled(False), no_compiler, (MAIN,)),
+    **{
+        backend: Row(partial(topk_patches, backend=backend), _why_not(backend))
+        for backend in ("native", "triton", "reference")
+    },
+    "late-interaction-kernels maxsim (no selection)": Row(
+        lambda p, s, k: maxsim(p, s), _no_maxsim, (MAIN,), checked=False
+    ),
+}
+SCORES = {
+    "torch: einsum, amax, topk, gather, PLOT's loop": Row(plain_scores),
+    "gemm alone": Row(lambda p, s, k: gemm(p, s), checked=False),
+    "torch.compile of it": Row(_compiled(True), no_compiler, (MAIN,)),
+    **{
+        backend: Row(partial(ours, backend=backend), _why_not(backend))
+        for backend in ("native", "triton", "reference")
+    },
+    "native, tol 1e-3": Row(partial(ours, backend="native", tol=1e-3), _why_not("native")),
+    "triton, tol 1e-3": Row(partial(ours, backend="triton", tol=1e-3), _why_not("triton")),
+    "indices given, tol 1e-3": Row(given, cases=(MAIN,)),
+}
+
+
+@cache
+def expected(case: PatchCase, scores: bool, backward: bool) -> tuple[Tensor, ...]:
+    return prepared(case, plain_scores if scores else plain_topk, backward)()
+
+
+def prepared(case: PatchCase, function: Any, backward: bool) -> Callable[[], tuple[Tensor, ...]]:
+    """One call: scores, and their sum's gradients."""
+    features = case.features()
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(backward):
+            leaves = [x.detach().requires_grad_(backward) for x in features]
+            out = function(*leaves, case.k)
+            out = out[0] if isinstance(out, tuple) else out
+            return (out.detach(), *(torch.autograd.grad(out.sum(), leaves) if backward else ()))
+
+    return run
+
+
+def time_case(
+    benchmark: Any, not_measured: Any, name: str, case: PatchCase, who: str, row: Row, backward: bool
+) -> None:
+    benchmark.group = f"{name} {'fwd+bwd' if backward else 'fwd'} {case}"
+    reason = row.reason()
+    if reason is not None:
+        not_measured(benchmark.group, who, reason)
+
+    def check(*got: Tensor) -> None:
+        if row.checked:
+            score, *grads = expected(case, name == "spa_scores", backward)
+            # A stop by tolerance is that far from STEPS iterations.
+            torch.testing.assert_close(got[0], score, rtol=1e-4, atol=2e-3 if "tol" in who else 1e-5)
+            for g, want in zip(got[1:], grads, strict=True):
+                assert (g - want).norm() <= 2e-2 * want.norm()
+
+    flops = 2 * B * N * case.C * case.M * D
+    run = synchronised(prepared(case, row.run, backward))
+    if who.startswith("torch.compile"):
+        run()
+    time_row(benchmark, run, check, backend=who, shape=str(case), flops=flops)
+
+
+def rows(table: dict[str, Row], cases: list[PatchCase], without: tuple[str, ...] = ()) -> list[Any]:
+    return [
+        (case, who)
+        for case in cases
+        for who, row in table.items()
+        if case in row.cases and not who.startswith(without)
+    ]
+
+
+@pytest.mark.parametrize(("case", "who"), rows(TOPK, CASES), ids=str)
+def bench_topk_patches(
+    benchmark: Any, one_thread: None, not_measured: Any, case: PatchCase, who: str
+) -> None:
+    time_case(benchmark, not_measured, "topk_patches", case, who, TOPK[who], False)
+
+
+@pytest.mark.parametrize(("case", "who"), rows(SCORES, CASES), ids=str)
+def bench_spa_scores(benchmark: Any, one_thread: None, not_measured: Any, case: PatchCase, who: str) -> None:
+    time_case(benchmark, not_measured, "spa_scores", case, who, SCORES[who], False)
+
+
+@pytest.mark.parametrize(
+    ("case", "who"), rows(SCORES, BACKWARD, without=("gemm", "torch.compile", "reference")), ids=str
+)
+def bench_spa_scores_fwd_bwd(
+    benchmark: Any, one_thread: None, not_measured: Any, case: PatchCase, who: str
+) -> None:
+    time_case(benchmark, not_measured, "spa_scores", case, who, SCORES[who], True)

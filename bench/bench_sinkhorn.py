@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from cases import DEVICE, TransportCase
-from measure import seconds_and_peak_mb, synchronised
+from measure import synchronised, time_row
 from peers import PEERS, rows
 from torch import Tensor
 
 from spa_fast import SinkhornAlign, sinkhorn
-from spa_fast._native import native_info
 
 # Problems that parity is asserted on: the fp64 reference is slow.
 CHECKED = 640
@@ -46,41 +45,20 @@ def check(case: TransportCase, who: str, score: Any, grad: Any) -> None:
     want, want_grad = expected(case, peer.score, kind)
     score, grad = (x if x is None else torch.as_tensor(_array(x))[:CHECKED].to(want) for x in (score, grad))
     # Where each has a stop of its own, they agree within the tolerance.
-    torch.testing.assert_close(score, want, rtol=1e-5, atol=peer.atol + 2 * case.tol)
+    slack = peer.short_factor if case.max_iter < 50 else 1
+    torch.testing.assert_close(score, want, rtol=1e-5, atol=peer.atol * slack + 2 * case.tol)
     if grad is not None:
         error = grad / (2 if peer.grad == "double" else 1) - want_grad
-        assert error.norm() <= (peer.grad_rtol + 20 * case.tol) * want_grad.norm()
+        assert error.norm() <= (peer.grad_rtol * slack + 20 * case.tol) * want_grad.norm()
 
 
 def _array(x: Any) -> Any:
     return x if isinstance(x, Tensor) else np.array(x)
 
 
-def time_row(benchmark: Any, run: Any, parity: Any = None, **info: Any) -> None:
-    """Rounds by how long one call takes: a slow peer's few, none longer than needed."""
-    once, peak, out = seconds_and_peak_mb(run)
-    if parity is not None:
-        parity(*out)
-    if once < 0.5:
-        # What the first call sets up once is not the call's memory.
-        once, peak, out = seconds_and_peak_mb(run)
-    del out
-    benchmark.extra_info |= {
-        "dtype": "float32",
-        "device": DEVICE,
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "simd": native_info().get("simd"),
-        "peak_mem_mb": None if peak is None else round(peak, 1),
-        **info,
-    }
-    rounds, iterations = max(2, min(30, int(1 / once))), max(1, round(1e-3 / once))
-    benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=0 if once > 0.1 else 3)
-
-
 def run_case(benchmark: Any, not_measured: Any, case: TransportCase, who: str, backward: bool) -> None:
     benchmark.group = f"sinkhorn {'fwd+bwd' if backward else 'fwd'} {case}"
-    reason = PEERS[who].reason()
+    reason = PEERS[who].reason() or PEERS[who].unfit(case, backward)
     if reason is None and DEVICE == "cuda" and who.startswith("native"):
         reason = "it runs on the CPU"
     if reason is None and who.endswith("all threads"):

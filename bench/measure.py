@@ -1,9 +1,10 @@
-"""One call looked at closely: how long it took and how much memory it had at most beyond what was there."""
+"""One call looked at closely: time, peak of memory beyond what was there, and its row of a benchmark."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import DEVICE
+
+from spa_fast._native import native_info
 
 
 def synchronised(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -41,6 +45,29 @@ def seconds_and_peak_mb(run: Callable[[], Any]) -> tuple[float, float | None, An
         return took, None, out
     peak = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else _resident("VmHWM")
     return took, max(0.0, peak - before), out
+
+
+def time_row(benchmark: Any, run: Any, parity: Any = None, **info: Any) -> None:
+    """Rounds by how long one call takes: a slow peer's few, none longer than needed."""
+    once, peak, out = seconds_and_peak_mb(run)
+    if parity is not None:
+        parity(*out)
+    if once < 0.5:
+        # What the first call sets up once is not the call's memory.
+        once, peak, out = seconds_and_peak_mb(run)
+    del out
+    benchmark.extra_info |= {
+        "dtype": "float32",
+        "device": DEVICE,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "simd": native_info().get("simd"),
+        "peak_mem_mb": None if peak is None else round(peak, 1),
+        **info,
+    }
+    # Beyond a second the call above was the warm-up, and one more is timed.
+    rounds, iterations = max(1, min(30, int(1 / once) + 1)), max(1, round(1e-3 / once))
+    benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=0 if once > 0.1 else 3)
 
 
 def _reset_resident() -> float | None:

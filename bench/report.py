@@ -17,7 +17,7 @@ from typing import Any
 BENCH = Path(__file__).parent
 COMMAND = "make results"
 # The row of a group that the others are compared with: the first of these it has, else its slowest.
-BASELINES = ("torch loop", "torch", "Cholesky", "gemm alone")
+BASELINES = ("torch loop", "torch", "Cholesky", "gemm alone", "reference")
 
 
 def slug(machine: dict[str, Any]) -> str:
@@ -41,6 +41,7 @@ def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         who = row["extra_info"].get("backend", row["name"])
         peak = row["extra_info"].get("peak_mem_mb")
         entry = {"who": who, "ms": 1e3 * row["stats"]["min"], "rounds": row["stats"]["rounds"], "peak": peak}
+        entry["shares"] = row["extra_info"].get("shares", {})
         name, shape = row["group"] or row["name"], row["extra_info"].get("shape")
         if isinstance(shape, str) and shape not in name:
             name = f"{name}, {shape}"
@@ -68,6 +69,10 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         peak = "" if row["peak"] is None else f"{row['peak']:.0f}"
         cells = [row["who"], digits(row["ms"]), digits(base["ms"] / row["ms"]), *([peak] if memory else [])]
         lines.append(f"| {' | '.join(cells)} |")
+    for row in timed:
+        if row["shares"]:
+            parts = ", ".join(f"{stage} {percent} %" for stage, percent in row["shares"].items())
+            lines += ["", f"{row['who']}: {parts}."]
     return lines
 
 

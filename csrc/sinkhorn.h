@@ -22,7 +22,7 @@ struct TransportBatch {
     const void* cost;  // contiguous [P / C, K, C, M]; C = 1 is [P, K, M]
     CostType cost_type;
     int64_t C;        // problems side by side: a GEMM of patches [B * K] with tokens [C * M] leaves them so
-    bool similarity;  // `cost` holds 1 - C_ij
+    bool similarity;  // `cost` holds S, C_ij = 1 - S_ij
     const float* a;   // row weights, problem p at a + p * a_stride; stride 0 shares one row
     int64_t a_stride;
     const float* b;
@@ -34,7 +34,7 @@ struct TransportBatch {
 struct SinkhornArgs : TransportBatch {
     int64_t max_iter;  // >= 1
     double tol;
-    bool value;             // score is <P, C> + eps KL(P | a b^T) instead of <P, C>
+    bool value;             // score is <P, C> + eps KL(P | a b^T) instead of <P, C> or, of a similarity, <P, S>
     float* score;           // [P]
     float* f;               // [P, K], units of cost
     float* g;               // [P, M]
@@ -61,8 +61,8 @@ bool openmp_enabled();
 // range or an unusable isa, std::bad_alloc.
 void sinkhorn_fwd(const SinkhornArgs& args, int threads, Isa isa);
 
-// grad_cost_ij = grad_score P_ij, negated for a similarity: the gradient of the value at convergence, and of <P, C> for
-// a plan held fixed. Exactly 0 where there is no weight; 0 for forbidden pairs and empty problems; NaN where the
+// grad_cost_ij = grad_score P_ij: the gradient of <P, C> or <P, S> for a plan held fixed, and with respect to C of the
+// value at convergence. Exactly 0 where there is no weight; 0 for forbidden pairs and empty problems; NaN where the
 // problem's potentials are. Threads, exceptions and independence of neighbours as sinkhorn_fwd; allocates nothing.
 void sinkhorn_bwd(const SinkhornGradArgs& args, int threads, Isa isa);
 

@@ -1,16 +1,10 @@
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 
 #include "sinkhorn.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "sinkhorn_lanes.h"
+#include "team.h"
 
 namespace spa_fast {
 namespace {
@@ -25,12 +19,6 @@ const LaneSolver* solver_of(Isa isa) {
         default: return nullptr;
     }
 }
-
-constexpr std::align_val_t kCacheLine{64};
-
-struct Release {
-    void operator()(char* memory) const { ::operator delete(memory, kCacheLine); }
-};
 
 void check(const TransportBatch& args, Isa isa) {
     if (args.P < 0 || args.K < 1 || args.K > kMaxSide || args.M < 1 || args.M > kMaxSide)
@@ -87,19 +75,8 @@ void sinkhorn_fwd(const SinkhornArgs& args, int threads, Isa isa) {
 
     const LaneSolver& solver = *solver_of(isa);
     const int64_t groups = (args.P + solver.lanes - 1) / solver.lanes;
-    const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, groups)));
-    const int64_t bytes = solver.workspace_bytes(args.K, args.M);
-    // Allocated up front: an exception must not leave a parallel region.
-    const std::unique_ptr<char, Release> memory(static_cast<char*>(::operator new(bytes* team, kCacheLine)));
-#ifdef _OPENMP
-    if (team > 1) {
-#pragma omp parallel for num_threads(team) schedule(dynamic)
-        for (int64_t group = 0; group < groups; ++group)
-            solver.solve(args, group, memory.get() + bytes * omp_get_thread_num());
-        return;
-    }
-#endif
-    for (int64_t group = 0; group < groups; ++group) solver.solve(args, group, memory.get());
+    run_team(groups, threads, solver.workspace_bytes(args.K, args.M),
+             [&](int64_t group, char* memory) { solver.solve(args, group, memory); });
 }
 
 void sinkhorn_bwd(const SinkhornGradArgs& args, int threads, Isa isa) {

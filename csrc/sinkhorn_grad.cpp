@@ -34,7 +34,7 @@ void solve(const SinkhornGradArgs& args, int64_t first, int64_t last) {
         const float* const b = args.b + p * args.b_stride;
         const float* const f = args.f + p * K;
         const float* const g = args.g + p * M;
-        const float upstream = args.similarity ? -args.grad_score[p] : args.grad_score[p];
+        const float upstream = args.grad_score[p];
         for (int64_t i = 0; i < K; ++i) {
             // f of an invalid problem is NaN and poisons the row; else it is finite.
             const float coefficient = a[i] == 0.0f ? 0.0f : upstream * a[i] + 0.0f * f[i];

@@ -5,6 +5,8 @@
 //                       iteration;
 //   log domain, fp64:   where K would underflow (row range beyond 80 eps, +inf entries, or a denominator seen below
 //                       1e-30) and where eps is so large against C that log(K v) loses C in fp32.
+// Of a similarity S they solve the cost -S, exact where S is tiny, whose f is smaller by 1: <P, S> is then not a
+// difference of larger numbers.
 #include "sinkhorn_lanes.h"
 #include "vector.h"
 
@@ -20,21 +22,8 @@ constexpr float kMinScaling = 1e-36f;      // u and v stay normal numbers
 // Sums of the log domain, whose terms below 2^-1000 are lost and above 2^1000 cut.
 constexpr double kLogTiny = 0x1p-300, kLogHuge = 0x1p300;
 
-// Hands out consecutive aligned pieces of the workspace; with no memory it only counts.
-struct Arena {
-    char* memory;
-    int64_t used = 0;
-
-    template <class V>
-    V* take(int64_t n) {
-        V* piece = reinterpret_cast<V*>(memory + used);
-        used += (n * static_cast<int64_t>(sizeof(V)) + 63) / 64 * 64;
-        return piece;
-    }
-};
-
 struct Group {
-    F *cost, *a, *b;  // [K, M], [K], [M]; entries without weight are 0 in cost
+    F *cost, *a, *b;  // [K, M] (-S for a similarity), [K], [M]; entries without weight are 0 in cost
     F *f, *g;         // results, units of cost
     F* kernel;        // [K, M], 1 where there is no weight
     F *rowmin, *u, *u_next, *u_stop;
@@ -147,6 +136,7 @@ I solve_kernel(Group& s, const SinkhornArgs& args, I running) {
     stop(exhausted, args.max_iter);
 
     const float eps = static_cast<float>(args.eps), to_cost = static_cast<float>(args.eps * kLn2);
+    const float shift = args.similarity ? 1.0f : 0.0f;
     F transport = {}, value = {}, error = {}, sum_a = {}, sum_b = {};
     for (int64_t i = 0; i < K; ++i) {
         const F* kernel = s.kernel + i * M;
@@ -159,7 +149,7 @@ I solve_kernel(Group& s, const SinkhornArgs& args, I running) {
         }
         const F u = s.u_stop[i], a = s.a[i];
         underflow |= (a > 0.0f) & ~(u >= kMinScaling);
-        s.f[i] = a > 0.0f ? s.rowmin[i] + to_cost * log2(u / a) : F{};
+        s.f[i] = a > 0.0f ? shift + s.rowmin[i] + to_cost * log2(u / a) : F{};
         mass *= u;
         transport += moved * u;
         value += mass * s.f[i];
@@ -174,7 +164,7 @@ I solve_kernel(Group& s, const SinkhornArgs& args, I running) {
         sum_b += b;
     }
     s.marginal_error = exhausted ? error : s.marginal_error;
-    s.score = args.value ? value - eps * (sum_b - sum_a * sum_b) : transport;
+    s.score = args.value ? value - eps * (sum_b - sum_a * sum_b) : args.similarity ? 0.0f - transport : transport;
     return underflow & wanted;
 }
 
@@ -196,7 +186,7 @@ inline D exp2_clamped(D x) { return exp2(max(x, splat<D>(-1000.0))); }
 // overflowed, which the first iterations can do, its logarithm is taken anew from its largest term.
 void solve_log(Group& s, const SinkhornArgs& args, int half, I64 running) {
     const int64_t K = args.K, M = args.M;
-    const double scale = kLog2E / args.eps;
+    const double scale = kLog2E / args.eps, shift = args.similarity ? 1 : 0;
     const D nothing = splat<D>(-__builtin_inf());
     const I64 wanted = running;
     D error_stop = {}, n_stop = {};
@@ -284,24 +274,28 @@ void solve_log(Group& s, const SinkhornArgs& args, int half, I64 running) {
     for (int64_t i = 0; i < K; ++i) {
         const D row = s.log_a[i] + s.phi_stop[i];
         D mass = {};
+        I64 reached = {};
         for (int64_t j = 0; j < M; ++j) {
             const D cost = widen_half(s.cost + i * M + j, half);
             const D exponent = row + s.col[j] - scaled[i * M + j];
             const D plan = exponent > -1000.0 ? exp2_clamped(exponent) : D{};
+            reached |= exponent > nothing;
             mass += plan;
             s.sum[j] += plan;
             transport += plan > 0.0 ? plan * cost : D{};
         }
-        value += mass * s.phi_stop[i] / scale;
+        const D f = reached ? s.phi_stop[i] / scale + shift : D{};
+        value += mass * f;
         total += mass;
         sum_a += widen_half(s.a + i, half);
-        narrow_half(s.f + i, half, s.log_a[i] > nothing ? s.phi_stop[i] / scale : D{}, wanted);
+        narrow_half(s.f + i, half, f, wanted);
     }
     for (int64_t j = 0; j < M; ++j) {
         value += s.sum[j] * s.gamma_stop[j] / scale;
         narrow_half(s.g + j, half, s.log_b[j] > nothing ? s.gamma_stop[j] / scale : D{}, wanted);
     }
-    narrow_half(&s.score, half, args.value ? value - args.eps * (total - sum_a * sum_b) : transport, wanted);
+    const D plain = args.similarity ? 0.0 - transport : transport;
+    narrow_half(&s.score, half, args.value ? value - args.eps * (total - sum_a * sum_b) : plain, wanted);
     narrow_half(&s.marginal_error, half, error_stop, wanted);
     int32_t* const n_iter = reinterpret_cast<int32_t*>(&s.n_iter) + half * H;
     store(n_iter, __builtin_convertvector(wanted, IH) ? __builtin_convertvector(n_stop, IH) : load<IH>(n_iter));
@@ -356,7 +350,7 @@ void load_group(const SinkhornArgs& args, const int64_t* problem, F* out) {
     else
         for (int64_t i = 0; i < K; ++i) interleave(from + i * C * M, offset, M, out + i * M);
     if (args.similarity)
-        for (int64_t e = 0; e < K * M; ++e) out[e] = 1.0f - out[e];
+        for (int64_t e = 0; e < K * M; ++e) out[e] = 0.0f - out[e];
 }
 
 // Weights of W problems, interleaved; `sound` loses the lanes with a weight that is negative, NaN or infinite.
@@ -404,6 +398,7 @@ void solve(const SinkhornArgs& args, int64_t index, void* workspace) {
     if (any(~finite))  // NaN and -inf spoil a problem, +inf only forbids a pair
         for (int64_t e = 0; e < K * M; ++e) sound &= s.cost[e] > -kInf;
     const I solvable = sound & ~empty;
+    if (args.similarity) largest = max(largest, splat<F>(1.0f));
     const I fast = solvable & finite & (range * scale <= static_cast<float>(kMaxRange * kLog2E)) &
                    (largest * static_cast<float>(kMaxEps) >= eps);
     I slow = solvable & ~fast;

@@ -211,6 +211,19 @@ inline void transpose(F (&rows)[W]) {
     }
 }
 
+// Hands out consecutive aligned pieces of the workspace; with no memory it only counts.
+struct Arena {
+    char* memory;
+    int64_t used = 0;
+
+    template <class V>
+    V* take(int64_t n) {
+        V* piece = reinterpret_cast<V*>(memory + used);
+        used += (n * static_cast<int64_t>(sizeof(V)) + 63) / 64 * 64;
+        return piece;
+    }
+};
+
 // out[e] holds entry e of all W problems; problem l starts at from + offset[l].
 template <class S>
 void interleave(const S* from, const int64_t* offset, int64_t n, F* out) {

@@ -9,16 +9,9 @@ import triton
 import triton.language as tl
 
 from ._configs import tuned
-from ._math import offset
-from ._tiles import (
-    MAX_REGISTERS,
-    BlockConfig,
-    TileConfig,
-    default_config,
-    in_registers,
-    next_power_of_2,
-)
-from .sinkhorn_stream import _sinkhorn_stream_kernel, stream_blocks
+from ._math import load_cost, offset, problem, score_entries
+from ._tiles import MAX_REGISTERS, BlockConfig, TileConfig, default_fwd, next_power_of_2, sizes
+from .sinkhorn_stream import _sinkhorn_stream_kernel
 
 # Up to range/eps = 80 kernel entries and both scalings stay within e^-80 and e^80: normal fp32 numbers.
 _WIDE = tl.constexpr(80 * math.log2(math.e))
@@ -44,29 +37,52 @@ def _softmin2(z, weight, registers: tl.constexpr, lanes: tl.constexpr):
 
 
 @triton.jit
+def _reciprocal(x):
+    """1/x to 2^-21.8 in two instructions; a division takes nine."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def _any(x, tile):
+    """Over all lanes of the tile: a branch on it is then known to be uniform. After any other the compiler
+    guards every shuffle and puts them one after another.
+    """
+    return tl.max(tl.broadcast_to(x.to(tl.int32), tile.shape)) > 0
+
+
+@triton.jit
 def _scaling_loop(tile, a, b, todo, max_iter, tol):
-    """Iterations on tile = 2^L. Returns 2^-f, 2^-g (f, g in log2 units), the plan's row sums, n and error."""
+    """Iterations on tile = 2^L, 1 where a row or column takes no part. Returns 2^-f, 2^-g, n and error."""
     n = tl.where(todo, 0, 0)
     error = tl.where(todo, 0.0, 0.0)
     row_sum = tl.where(a > 0, 1.0, 1.0)
     col_sum = tl.where(b > 0, 1.0, 1.0)
-    row_next = tl.where(a > 0, _sum(tile * b, 1, 4), 1.0)
-    while tl.max(todo.to(tl.int32)) > 0:
-        row_sum = tl.where(todo, row_next, row_sum)
-        col_sum = tl.where(todo & (b > 0), _sum(tile * (a / row_sum), 0, 3), col_sum)
-        row_next = tl.where(a > 0, _sum(tile * (b / col_sum), 1, 4), 1.0)
-        error = tl.where(todo, _sum(tl.abs(a / row_sum * row_next - a), 0, 3), error)
+    row_next = _sum(tile * b, 1, 4)
+    # A problem alone in its program is to do wherever the loop runs.
+    SHARED: tl.constexpr = tile.shape[2] > 1
+    while _any(todo, tile):
+        row_sum = tl.where(todo, row_next, row_sum) if SHARED else row_next
+        u = a * _reciprocal(row_sum)
+        col_next = _sum(tile * u, 0, 3)
+        col_sum = tl.where(todo, col_next, col_sum) if SHARED else col_next
+        row_next = _sum(tile * (b * _reciprocal(col_sum)), 1, 4)
+        error_next = _sum(tl.abs(u * row_next - a), 0, 3)
+        error = tl.where(todo, error_next, error) if SHARED else error_next
         n += todo.to(tl.int32)
         todo = todo & (n < max_iter) & (error > tol)
-    return row_sum, col_sum, a / row_sum * row_next, n, error
+    return row_sum, col_sum, n, error
 
 
 @triton.jit
-def _log_loop(tile, a, b, todo, f, g, mass, n, error, max_iter, tol):
-    """Iterations on tile = L for the problems to do; what the others hold passes through."""
+def _log_loop(tile, a, b, todo, f, g, n, error, max_iter, tol):
+    """Iterations on tile = L for the problems to do; what the others hold passes through. Returns the plan's
+    row sums after f and g.
+    """
     live_a = tl.where(_max(tile, 1, 4) > float("-inf"), a, 0.0)
     f_next = _softmin2(tile, b, 1, 4)
-    while tl.max(todo.to(tl.int32)) > 0:
+    mass = a
+    while _any(todo, tile):
         f = tl.where(todo, f_next, f)
         g = tl.where(todo, _softmin2(tile + f, a, 0, 3), g)
         f_next = tl.where(todo, _softmin2(tile + g, b, 1, 4), f_next)
@@ -78,10 +94,10 @@ def _log_loop(tile, a, b, todo, f, g, mass, n, error, max_iter, tol):
     return f, g, mass, n, error
 
 
-@triton.jit(do_not_specialize=["P", "K", "M", "a_stride", "b_stride", "m_stride", "max_iter"])
+@triton.jit(do_not_specialize=["P", "K", "C", "M", "a_stride", "b_stride", "m_stride", "max_iter"])
 def _sinkhorn_fwd_kernel(
     cost_ptr, a_ptr, b_ptr, score_ptr, f_ptr, g_ptr, n_iter_ptr, error_ptr,
-    P, K, M, a_stride, b_stride, m_stride, to_log2, from_log2, max_iter, tol,
+    P, K, C, M, a_stride, b_stride, m_stride, to_log2, from_log2, max_iter, tol, unit,
     VALUE: tl.constexpr, BLOCK_P: tl.constexpr, K2: tl.constexpr, M2: tl.constexpr,
     LANES_K: tl.constexpr, LANES_M: tl.constexpr,
 ):  # fmt: skip
@@ -92,6 +108,7 @@ def _sinkhorn_fwd_kernel(
     a thread (m_stride = 1 comes at run time so that contiguity does not decide otherwise). The tile holds 2^L
     with L = (row minimum - C) log2(e)/eps; an iteration is two matrix-vector products. Problems where some
     L < -80 log2(e), or a pair is forbidden, hold L itself and take log2 sums. Neighbours never change a bit.
+    Where unit = -1 what is stored is 1 - C, and C stands for C - 1 up to the last lines.
     """
     first = offset(tl.program_id(0), BLOCK_P)
     p = tl.arange(0, BLOCK_P)[None, None, :, None, None]
@@ -105,44 +122,44 @@ def _sinkhorn_fwd_kernel(
     a = tl.load(a_ptr + first * a_stride + (p * a_stride + i), mask=in_row, other=0.0)
     b = tl.load(b_ptr + first * b_stride + (p * b_stride + j), mask=in_col, other=0.0)
     active = (a > 0) & (b > 0)
-    at = cost_ptr + first * K * M + ((p * K + i) * M + j * m_stride)
+    at = cost_ptr + problem(tl.program_id(0) * BLOCK_P + p, K, C, M) + offset(i, C) * M + j * m_stride
+    eps = from_log2 * 1.4426950408889634
+    above = 0.5 - 0.5 * unit
 
-    cost = tl.load(at, mask=active, other=float("inf")).to(tl.float32)
-    bad = (cost != cost) | (cost == float("-inf"))
-    nan = _max(_max(bad.to(tl.int32), 1, 4), 0, 3) > 0
-    shift = -_max(tl.where(bad, 0.0, -cost), 1, 4)
-    shift = tl.where(shift == float("inf"), 0.0, shift)
-    tile = (shift - cost) * to_log2
-    wide = _max(_max(tl.where(active, -tile, 0.0), 1, 4), 0, 3) > _WIDE
+    cost = load_cost(at, active, unit)
+    shift = -_max(tl.where(cost == cost, -cost, float("inf")), 1, 4)
+    nan = _max(-shift, 0, 3) == float("inf")
+    shift = tl.where(tl.abs(shift) == float("inf"), -above, shift)
+    tile = tl.where(active, (shift - cost) * to_log2, 0.0)
+    wide = _max(_max(-tile, 1, 4), 0, 3) > _WIDE
     live = (_max(a, 0, 3) > 0) & (_max(b, 1, 4) > 0) & (nan == 0)
 
     tile = tl.exp2(tile)
-    row_sum, col_sum, mass, n, error = _scaling_loop(tile, a, b, live & (wide == 0), max_iter, tol)
+    row_sum, col_sum, n, error = _scaling_loop(tile, a, b, live & (wide == 0), max_iter, tol)
     f = -tl.log2(row_sum)
     g = -tl.log2(col_sum)
-    live_b = b
-    score = error
-    if not VALUE:
-        cost = tl.load(at, mask=active & (wide == 0), other=0.0).to(tl.float32)
-        score = _sum(_sum(tile * (b / col_sum) * cost, 1, 4) * (a / row_sum), 0, 3)
+    cost = load_cost(at, active & (wide == 0), unit)
+    ratio = tile * _reciprocal(row_sum) * _reciprocal(col_sum)
+    score = _sum(_sum(score_entries(ratio, a * b, cost, eps, unit, VALUE), 1, 4), 0, 3)
 
     todo = live & wide
-    if tl.max(todo.to(tl.int32)) > 0:
-        cost = tl.load(at, mask=active & wide, other=float("inf")).to(tl.float32)
-        tile = (shift - cost) * to_log2
-        live_b = tl.where(todo & (_max(tile, 0, 3) == float("-inf")), 0.0, b)
-        f, g, mass, n, error = _log_loop(tile, a, b, todo, f, g, mass, n, error, max_iter, tol)
-        if not VALUE:
-            plan = tl.minimum(a * tl.exp2(tile + f + g) * b, b)
-            cost = tl.where(plan > 0, shift - tile * from_log2, 0.0)
-            score = tl.where(wide, _sum(_sum(plan * cost, 1, 4), 0, 3), score)
+    if _any(todo, tile):
+        tile = (shift - load_cost(at, active & wide, unit)) * to_log2
+        f, g, mass, n, error = _log_loop(tile, a, b, todo, f, g, n, error, max_iter, tol)
+        ratio = tl.minimum(tl.exp2(tile + f + g), 1 / tl.where(a > 0, a, 1.0))
+        cost = shift - tile * from_log2
+        found = _sum(_sum(score_entries(ratio, a * b, cost, eps, unit, VALUE), 1, 4), 0, 3)
+        if VALUE:
+            live_b = tl.where(_max(tile, 0, 3) > float("-inf"), b, 0.0)
+            excess = _sum(live_b, 1, 4) - _sum(a, 0, 3) * _sum(b, 1, 4)
+            dual = _sum(mass * (shift + above + f * from_log2), 0, 3) + from_log2 * _sum(b * g, 1, 4)
+            dual -= eps * excess
+            # Exact columns leave <P, f + g> + eps (mass - sum P), known to eps 2^-22 whatever range/eps.
+            found = tl.where(tl.abs(dual) > eps, dual, found)
+        score = tl.where(wide, found, score)
 
-    f = tl.where(live & (a > 0), shift + f * from_log2, 0.0)
+    f = tl.where(live & (a > 0), shift + above + f * from_log2, 0.0)
     g = tl.where(live & (b > 0), g * from_log2, 0.0)
-    if VALUE:
-        # Columns are exact, so <P, f + g> and sum P need no pass over the tile; 1.44 from_log2 is eps.
-        excess = _sum(live_b, 1, 4) - _sum(a, 0, 3) * _sum(b, 1, 4)
-        score = _sum(mass * f, 0, 3) + _sum(b * g, 1, 4) - from_log2 * 1.4426950408889634 * excess
     tl.store(score_ptr + first + p, tl.where(nan, float("nan"), tl.where(live, score, 0.0)), mask=in_p)
     tl.store(f_ptr + first * K + (p * K + i), tl.where(nan & (a > 0), float("nan"), f), mask=in_row)
     tl.store(g_ptr + first * M + (p * M + j), tl.where(nan & (b > 0), float("nan"), g), mask=in_col)
@@ -158,17 +175,20 @@ def sinkhorn_fwd(
     max_iter: int,
     tol: float,
     value: bool,
+    similarity: bool = False,
     config: TileConfig | BlockConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Solve P entropic transport problems, each stopping by itself.
 
     Args:
-        cost: [P, K, M] fp16, bf16 or fp32, contiguous; +inf forbids a pair.
+        cost: [P, K, M], or [B, K, C, M] with problem b * C + c at cost[b, :, c]; fp16, bf16 or fp32,
+            contiguous; +inf forbids a pair.
         a, b: [P or 1, K] and [P or 1, M] fp32, contiguous, >= 0; a zero takes its row or column out.
         eps: regularisation > 0 in units of cost.
         max_iter: iterations at most, >= 1.
         tol: stop at marginal_error <= tol; 0 runs exactly max_iter iterations.
         value: score is the regularised value <P, C> + eps KL(P | a b^T) instead of <P, C>.
+        similarity: `cost` holds S = 1 - C, where -inf forbids a pair; <P, S> takes the place of <P, C>.
         config: launch geometry; None takes what was tuned on this GPU, else the default for K and M. A
             `BlockConfig` passes over the cost in blocks, which is the default past 8192 padded entries.
 
@@ -176,33 +196,30 @@ def sinkhorn_fwd(
         score [P], f [P, K], g [P, M], marginal_error [P] in fp32 and n_iter [P] in int32, ordered
         (score, f, g, n_iter, marginal_error).
     """
-    P, K, M = cost.shape
-    config = config or tuned(cost, "sinkhorn_fwd") or _default(K, M)
+    P, K, C, M = sizes(cost)
     score, error = (torch.empty(P, dtype=torch.float32, device=cost.device) for _ in range(2))
     f = torch.empty(P, K, dtype=torch.float32, device=cost.device)
     g = torch.empty(P, M, dtype=torch.float32, device=cost.device)
     n_iter = torch.empty(P, dtype=torch.int32, device=cost.device)
+    if P == 0:
+        return score, f, g, n_iter, error
+    config = config or tuned(cost, "sinkhorn_fwd") or default_fwd(K, M)
     K2, M2 = next_power_of_2(K), next_power_of_2(M)
     tensors = cost, a, b, score, f, g, n_iter, error
     strides = 0 if a.shape[0] == 1 else K, 0 if b.shape[0] == 1 else M
     numbers = math.log2(math.e) / eps, math.log(2) * eps, max_iter, tol if tol > 0 else -1.0
-    launch = {"VALUE": value, "num_warps": config.num_warps, "maxnreg": MAX_REGISTERS}
-    if P == 0:
-        return score, f, g, n_iter, error
+    unit = -1.0 if similarity else 1.0
+    registers = MAX_REGISTERS if value else config.registers
+    launch = {"VALUE": value, "num_warps": config.num_warps, "maxnreg": registers}
     with torch.cuda.device_of(cost):
         if isinstance(config, BlockConfig):
             _sinkhorn_stream_kernel[(P,)](
-                *tensors, K, M, *strides, *numbers,
-                K2=K2, BLOCK_M=max(1, min(M2, config.entries // K2)), **launch,
-            )  # fmt: skip
+                *tensors, K, C, M, *strides, *numbers, unit, K2=K2, BLOCK_M=config.columns(K2, M2), **launch
+            )
         else:
             _sinkhorn_fwd_kernel[(triton.cdiv(P, config.block_p),)](
-                *tensors, P, K, M, *strides, 1, *numbers,
+                *tensors, P, K, C, M, *strides, 1, *numbers, unit,
                 BLOCK_P=config.block_p, K2=K2, M2=M2, LANES_K=config.lanes_k, LANES_M=config.lanes_m,
                 **launch,
             )  # fmt: skip
     return score, f, g, n_iter, error
-
-
-def _default(K: int, M: int) -> TileConfig | BlockConfig:
-    return default_config(K, M) if in_registers(K, M) else stream_blocks(K, M)

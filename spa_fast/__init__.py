@@ -7,8 +7,9 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from spa_fast.align import PatchAligner, SinkhornAlign
-from spa_fast.gaussian import GaussianBank, sample_gaussian
-from spa_fast.patches import spa_scores, topk_patches
+from spa_fast.bank import GaussianBank
+from spa_fast.gaussian import sample_gaussian
+from spa_fast.patches import PatchScores, spa_scores, topk_patches
 from spa_fast.transport import SinkhornOutput, sinkhorn, sinkhorn_align
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GaussianBank",
     "PatchAligner",
+    "PatchScores",
     "SinkhornAlign",
     "SinkhornOutput",
     "__version__",

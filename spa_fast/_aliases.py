@@ -9,10 +9,16 @@ from typing import Any, TypeVar
 
 from spa_fast import _checks as checks
 
+
+def _eps_of_blur(blur: float) -> float:
+    checks.check_blur(blur)
+    return blur**2
+
+
 _ALIASES: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
     "reg": ("eps", None),
     "epsilon": ("eps", None),
-    "blur": ("eps", lambda blur: blur * abs(blur)),
+    "blur": ("eps", _eps_of_blur),
     "numItermax": ("max_iter", None),
     "iters": ("max_iter", None),
     "max_iterations": ("max_iter", None),

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -18,15 +19,50 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 
 
 def values_checkable(x: Tensor) -> bool:
-    """Whether looking at values is free: on a CPU and outside of tracing. Elsewhere it would synchronise."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether looking at values is free: on a CPU, outside of tracing and of vmap. Elsewhere it would
+    synchronise or is impossible.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_batchedtensor(x)
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else str(x.layout)
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
 def check_float(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    check_tensor(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {x.dtype}")
+
+
+def check_input(name: str, x: Tensor) -> None:
+    """A float tensor with values, whose derivative is asked for in reverse if at all."""
+    check_float(name, x)
+    if x.is_meta:
+        raise ValueError(f"{name}: expected a device that holds values, got meta")
+    check_reverse(name, x)
+
+
+def check_reverse(name: str, x: Tensor) -> None:
+    """No derivative that an operator would lose in silence or refuse by naming torch's internals."""
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(
+            f"{name}: expected a tensor without a tangent; transport has no forward-mode derivative "
+            "(torch.func.jvp, jacfwd, dual tensors), use torch.autograd.grad or backward()"
+        )
+    if x.requires_grad and torch._C._functorch.is_gradtrackingtensor(x):
+        raise RuntimeError(
+            f"{name}: expected a tensor outside of torch.func.grad, vjp and jacrev, which differentiate no "
+            "custom operator; use torch.autograd.grad or backward()"
+        )
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
@@ -61,6 +97,7 @@ def check_broadcast(name: str, x: Tensor, expected: str, shape: Sequence[int]) -
 
 
 def check_mask(name: str, mask: Tensor, expected: str, sizes: Sequence[int | None], like: Tensor) -> None:
+    check_tensor(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name}: expected bool (True takes part), got {mask.dtype}")
     check_shape(name, mask, expected, sizes)
@@ -74,24 +111,30 @@ def check_choice(name: str, value: str, options: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}{hint}")
 
 
-def check_eps(eps: float) -> None:
-    _check_number("eps", eps)
+def check_eps(eps: float, name: str = "eps") -> None:
+    _check_number(name, eps)
     if not (eps > 0 and math.isfinite(eps)):
-        raise ValueError(f"eps: expected a finite number > 0, in units of cost, got {eps}")
+        raise ValueError(f"{name}: expected a finite number > 0, in units of cost, got {eps}")
 
 
-def check_max_iter(max_iter: int) -> None:
+def check_blur(blur: float) -> None:
+    _check_number("blur", blur)
+    if not (blur > 0 and math.isfinite(blur)):
+        raise ValueError(f"blur: expected a finite number > 0 (eps is its power), got {blur}")
+
+
+def check_max_iter(max_iter: int, name: str = "max_iter") -> None:
     if isinstance(max_iter, bool) or not isinstance(max_iter, int):
-        raise TypeError(f"max_iter: expected an integer, got {type(max_iter).__name__}")
+        raise TypeError(f"{name}: expected an integer, got {type(max_iter).__name__}")
     if max_iter < 1:
-        raise ValueError(f"max_iter: expected >= 1, got {max_iter}")
+        raise ValueError(f"{name}: expected >= 1, got {max_iter}")
 
 
-def check_tol(tol: float) -> None:
-    _check_number("tol", tol)
+def check_tol(tol: float, name: str = "tol") -> None:
+    _check_number(name, tol)
     if not (tol >= 0 and math.isfinite(tol)):
         raise ValueError(
-            f"tol: expected a finite number >= 0 (0 means exactly max_iter iterations), got {tol}"
+            f"{name}: expected a finite number >= 0 (0 means exactly max_iter iterations), got {tol}"
         )
 
 
@@ -104,11 +147,23 @@ def check_k(k: int, patches: int | None = None) -> None:
         raise ValueError(f"k: expected >= 1, got {k}")
 
 
+def check_samples(n: int) -> None:
+    if n < 0:
+        raise ValueError(f"n: expected >= 0 samples per class, got {n}")
+
+
+def check_class_ids(ids: Tensor) -> None:
+    """int64 of any shape, as far as they can be looked at."""
+    if values_checkable(ids) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 32:
+        raise ValueError(f"class ids: expected 0 <= id < 2^32, got {int(ids.min())} to {int(ids.max())}")
+
+
 def check_weights(name: str, weights: Tensor, like_name: str, like: Tensor, shape: Sequence[int]) -> None:
     """Weights of the last dimension of `shape`: float, constant, finite, not negative."""
     check_float(name, weights)
     check_like(name, weights, like_name, like, dtype=False)
     check_broadcast(name, weights, "weights of the last dimension", shape)
+    check_reverse(name, weights)
     if weights.requires_grad:
         raise ValueError(
             f"{name}: expected a constant, got a tensor that requires grad; pass {name}.detach()"

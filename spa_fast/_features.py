@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spa_fast import _checks as checks
+from spa_fast._ops.similarity import similarity as inner
 from spa_fast._ops.unit import unit
 
 NONFINITE = ("raise", "propagate", "zero")
@@ -17,8 +18,9 @@ NONFINITE = ("raise", "propagate", "zero")
 def check_pair(
     patches: Tensor, tokens: Tensor, all_pairs: bool, patch_mask: Tensor | None, token_mask: Tensor | None
 ) -> None:
-    checks.check_float("patches", patches)
+    checks.check_input("patches", patches)
     checks.check_float("tokens", tokens)
+    checks.check_reverse("tokens", tokens)
     checks.check_shape("patches", patches, "[B, K, D]", (None, None, None))
     B, _, D = patches.shape
     if all_pairs and tokens.dim() == 4:
@@ -34,6 +36,7 @@ def check_pair(
     if patch_mask is not None:
         checks.check_mask("patch_mask", patch_mask, "[B, K]", patches.shape[:-1], patches)
     if token_mask is not None:
+        checks.check_tensor("token_mask", token_mask)
         shape = tokens.shape[1:-1] if token_mask.dim() == 2 and tokens.dim() == 4 else tokens.shape[:-1]
         checks.check_mask("token_mask", token_mask, "the shape of tokens without D", shape, tokens)
 
@@ -57,16 +60,17 @@ def similarity(p: Tensor, s: Tensor, all_pairs: bool) -> Tensor:
 
     All pairs lie as one GEMM leaves them, [B, K, C, M].
     """
-    with torch.autocast(p.device.type, enabled=False):
-        if not all_pairs:
-            return p @ s.transpose(1, 2)
-        B, K, D = p.shape
-        C, M, _ = s.shape[-3:]
-        if s.dim() == 4:
-            sim = p @ s.reshape(B, C * M, D).transpose(1, 2)
-        else:
-            sim = p.reshape(B * K, D) @ s.reshape(C * M, D).T
-        return sim.view(B, K, C, M).transpose(1, 2)
+    sim: Tensor
+    if not all_pairs:
+        sim = inner(p, s)
+        return sim
+    B, K, D = p.shape
+    C, M, _ = s.shape[-3:]
+    if s.dim() == 4:
+        sim = inner(p, s.reshape(B, C * M, D))
+    else:
+        sim = inner(p.reshape(1, B * K, D), s.reshape(1, C * M, D))
+    return sim.view(B, K, C, M).transpose(1, 2)
 
 
 def normalize_weights(weights: Tensor) -> Tensor:
@@ -120,18 +124,32 @@ def take(weights: Tensor | None, images: slice, lead: int) -> Tensor | None:
     return weights[images]
 
 
+def _offsets(cu_tokens: Tensor | Sequence[int]) -> list[int]:
+    if isinstance(cu_tokens, Tensor):
+        checks.check_tensor("cu_tokens", cu_tokens)
+        if cu_tokens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_tokens: expected int32 or int64, got {cu_tokens.dtype}")
+        checks.check_shape("cu_tokens", cu_tokens, "[C + 1]", (None,))
+        if cu_tokens.is_meta:
+            raise ValueError("cu_tokens: expected a device that holds values, got meta")
+        return [int(offset) for offset in cu_tokens.tolist()]
+    if not isinstance(cu_tokens, (list, tuple)):
+        kind = type(cu_tokens).__name__
+        raise TypeError(f"cu_tokens: expected a tensor, list or tuple of C + 1 integers, got {kind}")
+    for place, offset in enumerate(cu_tokens):
+        if isinstance(offset, bool) or not isinstance(offset, int):
+            kind = type(offset).__name__
+            raise TypeError(f"cu_tokens: expected integers, got {kind} at [{place}]")
+    return list(cu_tokens)
+
+
 def pad_ragged(
     tokens: Tensor, b: Tensor | None, token_mask: Tensor | None, cu_tokens: Tensor | Sequence[int]
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Tokens [sum M, D], weights and mask [sum M] of ragged classes as [C, max M, ...] with a mask."""
     checks.check_float("tokens", tokens)
     checks.check_shape("tokens", tokens, "[sum M, D] with cu_tokens", (None, None))
-    if isinstance(cu_tokens, Tensor):
-        if cu_tokens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_tokens: expected int32 or int64, got {cu_tokens.dtype}")
-        checks.check_shape("cu_tokens", cu_tokens, "[C + 1]", (None,))
-        cu_tokens = cu_tokens.tolist()
-    offsets = list(cu_tokens)
+    offsets = _offsets(cu_tokens)
     total = tokens.shape[0]
     lengths = [end - start for start, end in pairwise(offsets)]
     if not offsets or offsets[0] != 0 or offsets[-1] != total or any(n < 0 for n in lengths):

@@ -17,11 +17,17 @@ def _load() -> tuple[ModuleType | None, str | None]:
             return None, f"spa_fast._C does not load: {error}"
     except ImportError as error:
         return None, f"spa_fast._C does not load: {error}"
+    return None, _recorded("reason") or "spa_fast._C has not been built: pip install ."
+
+
+def _recorded(key: str) -> str | None:
+    """What setup.py left behind."""
     try:
-        reason = json.loads((Path(__file__).parent / "_native_build.json").read_text())["reason"]
+        record = json.loads((Path(__file__).parent / "_native_build.json").read_text())
     except FileNotFoundError:
-        reason = None
-    return None, reason or "spa_fast._C has not been built: pip install ."
+        return None
+    value: str | None = record.get(key)
+    return value
 
 
 def extension() -> ModuleType | None:
@@ -35,8 +41,10 @@ def native_info() -> dict[str, Any]:
     Returns:
         `available` (bool) and `reason` (why it is absent, else None). Where it is available also `version`,
         `compiler`, `build_type`, `simd_compiled` (list of instruction sets), `simd` (the one chosen on this
-        processor), `openmp` (bool) and `cuda_archs` (list, empty without CUDA).
+        processor), `openmp` (bool), `cuda_archs` (list, empty without CUDA) and then `cuda_reason`, why.
     """
     module, reason = _load()
     built: dict[str, Any] = {} if module is None else module.build_info()
+    if module is not None and not built["cuda_archs"]:
+        built["cuda_reason"] = _recorded("cuda_reason") or "built without CUDA"
     return {"available": module is not None, "reason": reason, **built}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -114,8 +114,15 @@ class PatchAligner(nn.Module):
 
     Args:
         k: patches kept per image and class.
-        eps, max_iter, tol, reduce, score, grad, solver, class_conditional, backend: as in
-            `spa_fast.spa_scores`.
+        eps, max_iter, tol, reduce, score, grad, solver, class_conditional, return_details, backend: as in
+            `spa_fast.spa_scores`, with the aliases of `spa_fast.sinkhorn` (reg, numItermax, thresh, ...).
+
+    Example:
+        align = PatchAligner(k=16)
+        scores = align(patches, tokens)  # [B, N, D], [C, M, D] -> [B, C]
+
+    Notes:
+        Without parameters and buffers. Not sensitive to train() and eval().
     """
 
     @accept_aliases
@@ -131,12 +138,14 @@ class PatchAligner(nn.Module):
         grad: transport.Grad = "envelope",
         solver: transport.Plan = "sinkhorn",
         class_conditional: bool = True,
+        return_details: bool = False,
         backend: str = "auto",
         **aliases: float,
     ) -> None:
         super().__init__()
         transport.check_options(eps, max_iter, tol, score, grad, solver, backend)
         checks.check_k(k)
+        checks.check_choice("reduce", reduce, get_args(_patches.Reduce))
         self.k = k
         self.eps = eps
         self.max_iter = max_iter
@@ -146,6 +155,7 @@ class PatchAligner(nn.Module):
         self.grad = grad
         self.solver = solver
         self.class_conditional = class_conditional
+        self.return_details = return_details
         self.backend = backend
 
     def forward(
@@ -155,10 +165,13 @@ class PatchAligner(nn.Module):
         *,
         patch_mask: Tensor | None = None,
         token_mask: Tensor | None = None,
+        cu_tokens: Tensor | Sequence[int] | None = None,
         select_patches: Tensor | None = None,
         select_tokens: Tensor | None = None,
-    ) -> Tensor:
-        """Scores [B, C] of patches [B, N, D] and tokens [C, M, D]; arguments as `spa_fast.spa_scores`."""
+    ) -> Any:
+        """Scores [B, C] of patches [B, N, D] and tokens [C, M, D], or `PatchScores`; arguments as
+        `spa_fast.spa_scores`.
+        """
         return _patches.spa_scores(
             patches,
             tokens,
@@ -173,12 +186,14 @@ class PatchAligner(nn.Module):
             class_conditional=self.class_conditional,
             patch_mask=patch_mask,
             token_mask=token_mask,
+            cu_tokens=cu_tokens,
             select_patches=select_patches,
             select_tokens=select_tokens,
+            return_details=self.return_details,
             backend=self.backend,
         )
 
     def extra_repr(self) -> str:
-        options = ("reduce", "score", "grad", "solver", "class_conditional", "backend")
+        options = ("reduce", "score", "grad", "solver", "class_conditional", "return_details", "backend")
         numbers = f"k={self.k}, eps={self.eps}, max_iter={self.max_iter}, tol={self.tol}"
         return ", ".join([numbers, *(f"{name}={getattr(self, name)!r}" for name in options)])

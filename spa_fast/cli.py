@@ -270,6 +270,26 @@ def cache(
     return ACTIONS[action](cache, say)
 
 
+def explain(
+    run: Positional[Path],
+    image: Positional[Path],
+    /,
+    name: Annotated[str, tyro.conf.arg(name="class")],
+    out: Path = Path("explanation.png"),
+) -> None:
+    """Draw the patches that a class keeps of an image, every patch's relevance, and the transport plan.
+
+    Args:
+        run: run folder of spa.
+        image: image file.
+        name: class whose descriptions choose and are aligned.
+        out: PNG to write, in place of an earlier one.
+    """
+    from spa_fast.cil.predict import explain_image
+
+    say(explain_image(run, image, name, out))
+
+
 def demo(out: Path = Path("runs/demo"), seeds: int = 3, first_seed: int = 0) -> None:
     """Run the ablation ladder over the embedded world: offline, no GPU.
 
@@ -306,6 +326,7 @@ def main(argv: list[str] | None = None) -> int:
         "describe": describe,
         "descriptions": descriptions,
         "sweep": sweep,
+        "explain": explain,
         "demo": demo,
         "env": env,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +19,15 @@ __all__ = ["SamplesLoss", "log_optimal_transport", "ot_sinkhorn", "ot_sinkhorn2"
 _BACKENDS_OF_GEOMLOSS = ("tensorized", "online", "multiscale")
 
 
+# SamplesLoss solves at _STAGES larger eps first, each _FALL times the next (GeomLoss halves blur), loosely.
+_STAGES, _FALL = 6, 4
+_STAGE_ITERATIONS, _STAGE_TOL = 100, 1e-2
+
+
 def ot_sinkhorn(
-    a: Tensor | Sequence[float] | None,
-    b: Tensor | Sequence[float] | None,
-    M: Tensor,
+    a: Any,
+    b: Any,
+    M: Any,
     reg: float,
     method: str = "sinkhorn",
     numItermax: int = 1000,
@@ -30,6 +35,7 @@ def ot_sinkhorn(
     verbose: bool = False,
     log: bool = False,
     warn: bool = True,
+    warmstart: None = None,
     *,
     backend: str = "auto",
 ) -> Any:
@@ -38,7 +44,8 @@ def ot_sinkhorn(
     Args:
         a, b: weights [K] and [M], or broadcastable to the batch of M; None or empty is uniform. The plan has
             the mass of `a`, to which b is scaled.
-        M: cost [K, M], also any batch [..., K, M]; a tensor.
+        M: cost [K, M], also any batch [..., K, M]. All three are tensors or what torch.tensor reads; unless M
+            is a tensor, results are NumPy arrays.
         reg: regularisation > 0 in units of cost. POT's entropy and this KL have the same plan.
         method: "sinkhorn", "sinkhorn_log" or "sinkhorn_stabilized", which are one and the same here.
         numItermax: iterations at most.
@@ -48,63 +55,55 @@ def ot_sinkhorn(
         log: return (plan, log), log holding niter, err, converged, log_u and log_v per problem with P =
             exp(log_u + log_v - M / reg).
         verbose, warn: without effect: looking at values would synchronise; read `converged`.
+        warmstart: None; iterations start at potentials 0.
 
     Returns:
         P [..., K, M] in the accumulate dtype, a constant: gradients flow through `ot_sinkhorn2` only.
     """
-    _check_method(method)
-    a, b = _weights_of(a, M), _weights_of(b, M)
+    a, b, cost, as_numpy = _pot_arguments(a, b, M, reg, method, numItermax, stopThr, warmstart)
     out = transport.sinkhorn(
-        M.detach(), a, b, eps=reg, max_iter=numItermax, tol=stopThr, return_plan=True, backend=backend
+        cost.detach(), a, b, eps=reg, max_iter=numItermax, tol=stopThr, return_plan=True, backend=backend
     )
-    mass = out.plan.new_ones(()) if a is None else a.to(out.plan.dtype).sum(-1)
-    plan = out.plan * mass[..., None, None]
-    if not log:
-        return plan
-    K, N = M.shape[-2:]
-    rows, cols = (
-        out.f.new_full((n,), 1 / n) if w is None else features.normalize_weights(w.to(out.f.dtype))
-        for w, n in ((a, K), (b, N))
-    )
-    return plan, {
-        "niter": out.n_iter,
-        "err": out.marginal_error,
-        "converged": out.converged,
-        "log_u": (rows * mass[..., None]).log() + out.f / reg,
-        "log_v": cols.log() + out.g / reg,
-    }
+    plan = out.plan if a is None else out.plan * a.to(out.plan.dtype).sum(-1)[..., None, None]
+    return _pot_results(plan, _pot_log(out, a, b, reg) if log else None, as_numpy)
 
 
 def ot_sinkhorn2(
-    a: Tensor | Sequence[float] | None,
-    b: Tensor | Sequence[float] | None,
-    M: Tensor,
+    a: Any,
+    b: Any,
+    M: Any,
     reg: float,
     method: str = "sinkhorn",
     numItermax: int = 1000,
     stopThr: float = 1e-9,
     verbose: bool = False,
+    log: bool = False,
+    warn: bool = False,
+    warmstart: None = None,
     *,
-    warn: bool = True,
     grad: transport.Grad = "implicit",
     backend: str = "auto",
-) -> Tensor:
+) -> Any:
     """<P, M> of the plan of `ot_sinkhorn`, called like POT's `ot.sinkhorn2`.
 
     Args:
         grad: "implicit" is exact at convergence, as POT's own gradient through all of its iterations is;
             "unroll" is exact for the iterate, "envelope" holds the plan fixed. Weights get no gradient.
+        log: return (score, log), log as of `ot_sinkhorn`.
         others: as `ot_sinkhorn`.
 
     Returns:
         [...] in the accumulate dtype.
     """
-    _check_method(method)
-    a, b = _weights_of(a, M), _weights_of(b, M)
-    score: Tensor = transport.sinkhorn(
-        M, a, b, eps=reg, max_iter=numItermax, tol=stopThr, grad=grad, backend=backend
+    a, b, cost, as_numpy = _pot_arguments(a, b, M, reg, method, numItermax, stopThr, warmstart)
+    options: dict[str, Any] = {"grad": grad, "backend": backend}
+    out = transport.sinkhorn(
+        cost, a, b, eps=reg, max_iter=numItermax, tol=stopThr, return_plan=log, **options
     )
-    return score if a is None else score * a.to(score.dtype).sum(-1)
+    score = out.score if log else out
+    if a is not None:
+        score = score * a.to(score.dtype).sum(-1)
+    return _pot_results(score, _pot_log(out, a, b, reg) if log else None, as_numpy)
 
 
 class SamplesLoss(nn.Module):
@@ -120,9 +119,10 @@ class SamplesLoss(nn.Module):
         reach: None; unbalanced transport is not offered.
         cost: C of (x [B, N, D], y [B, M, D]) as [B, N, M] in place of the above.
         debias: as above. GeomLoss's default, three problems.
-        max_iter, tol: as in `spa_fast.sinkhorn`. GeomLoss instead lowers eps step by step and does not test
-            convergence; at a small blur compare it with a `scaling` near 1.
-        diameter, scaling, truncate, cluster_scale, verbose: accepted and without effect: they tune that.
+        max_iter, tol: as in `spa_fast.sinkhorn`, of the last eps. GeomLoss does not test convergence; at a
+            small blur compare it with a `scaling` near 1.
+        diameter, scaling, truncate, cluster_scale, verbose: accepted and without effect: they tune GeomLoss's
+            own iterations.
         backend: as in `spa_fast.sinkhorn`; GeomLoss's own names count as "auto".
 
     Example:
@@ -131,8 +131,9 @@ class SamplesLoss(nn.Module):
         loss(a, x, b, y)  # weights [B, N], [B, M] or [N], [M]; constants
 
     Notes:
-        The gradient with respect to the points is exact at convergence. Iterations are plain: at a small blur
-        they may not converge, which is warned of on a CPU; there is no scaling of eps.
+        The gradient with respect to the points is exact at convergence. eps falls to blur^p in steps, each
+        starting from the potentials found before, except for OT_eps(x, x), which is faster without. What has
+        not converged even so is warned of on a CPU.
     """
 
     def __init__(
@@ -150,17 +151,16 @@ class SamplesLoss(nn.Module):
         verbose: bool = False,
         backend: str = "auto",
         *,
-        max_iter: int = 1000,
-        tol: float = 1e-4,
+        max_iter: int = 10_000,
+        tol: float = 1e-3,
     ) -> None:
         super().__init__()
         checks.check_choice("loss", loss, ("sinkhorn",))
-        if p not in (1, 2):
+        if isinstance(p, (bool, Tensor)) or p not in (1, 2):
             raise ValueError(f"p: expected 1 or 2, got {p}")
         if reach is not None:
             raise ValueError(f"reach: expected None (balanced transport), got {reach}")
-        if not (blur > 0 and math.isfinite(blur)):
-            raise ValueError(f"blur: expected a finite number > 0, got {blur}")
+        checks.check_blur(blur)
         backend = "auto" if backend in _BACKENDS_OF_GEOMLOSS else backend
         transport.check_options(blur**p, max_iter, tol, "value", "envelope", backend=backend)
         self.p = p
@@ -176,10 +176,14 @@ class SamplesLoss(nn.Module):
         if len(args) not in (2, 4):
             raise TypeError(f"SamplesLoss: expected (x, y) or (a, x, b, y), got {len(args)} arguments")
         a, x, b, y = args if len(args) == 4 else (None, args[0], None, args[1])
-        checks.check_float("x", x)
+        checks.check_input("x", x)
         checks.check_float("y", y)
+        checks.check_reverse("y", y)
         if x.dim() not in (2, 3):
             raise ValueError(f"x: expected [N, D] or [B, N, D], got {list(x.shape)}")
+        for name, points in (("x", x), ("y", y)):
+            if 0 in points.shape[-2:-1]:
+                raise ValueError(f"{name}: expected at least one point, got {list(points.shape)}")
         checks.check_shape("y", y, "x's shape with M points", (*x.shape[:-2], None, x.shape[-1]))
         checks.check_like("y", y, "x", x)
         value = self._value(x, y, a, b)
@@ -190,8 +194,9 @@ class SamplesLoss(nn.Module):
     def _value(self, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
         eps = self.blur**self.p
         cost = self._cost(x[None], y[None])[0] if x.dim() == 2 else self._cost(x, y)
+        start = None if x is y else self._start(cost.detach(), a, b, eps)
         out = transport.sinkhorn(
-            cost,
+            cost if start is None else cost - start[..., None, :],
             a,
             b,
             eps=eps,
@@ -202,6 +207,10 @@ class SamplesLoss(nn.Module):
             backend=self.backend,
         )
         value: Tensor = out.score
+        if start is not None:
+            # Columns of the plan sum to b: moving C by g_j moves the value by <b, g>.
+            weights = 1 / start.shape[-1] if b is None else features.normalize_weights(b.to(value.dtype))
+            value = value + (weights * start).sum(-1)
         if checks.values_checkable(cost) and not bool(out.converged.all()):
             warnings.warn(
                 f"SamplesLoss: not converged after {self.max_iter} iterations, marginal error up to "
@@ -214,6 +223,23 @@ class SamplesLoss(nn.Module):
         mass = a.to(value.dtype).sum(-1)
         value = mass * value - eps * torch.special.xlogy(mass, mass)
         return value
+
+    def _start(self, cost: Tensor, a: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
+        """g [..., M] at a larger eps. A solver starts at g = 0: with g taken off the cost it starts there."""
+        g = torch.zeros_like(cost[..., 0, :], dtype=checks.accumulate_dtype(cost))
+        for stage in range(_STAGES, 0, -1):
+            out = transport.sinkhorn(
+                cost - g[..., None, :],
+                a,
+                b,
+                eps=eps * _FALL**stage,
+                max_iter=_STAGE_ITERATIONS,
+                tol=_STAGE_TOL,
+                return_plan=True,
+                backend=self.backend,
+            )
+            g = g + out.g
+        return g
 
     def _cost(self, x: Tensor, y: Tensor) -> Tensor:
         if self.cost is not None:
@@ -262,6 +288,7 @@ def plot_sinkhorn(
     Source:
         Chen et al., "PLOT: Prompt Learning with Optimal Transport for Vision-Language Models", ICLR 2023.
     """
+    checks.check_tol(thresh, "thresh")
     return transport.align_similarity(
         sim, eps=eps, max_iter=max_iter, tol=thresh, return_plan=return_plan, backend=backend
     )
@@ -286,13 +313,14 @@ def log_optimal_transport(scores: Tensor, alpha: Tensor, iters: int, *, backend:
         3.2.
 
     Notes:
-        The backward repeats the iterations in PyTorch and keeps O(iters P (K + M)), not the plans. No second
-        derivative.
+        The backward repeats the iterations in PyTorch and keeps O(iters P (K + M)), not the plans.
     """
-    checks.check_float("scores", scores)
-    checks.check_max_iter(iters)
+    checks.check_input("scores", scores)
+    checks.check_max_iter(iters, "iters")
     if scores.dim() != 3 or 0 in scores.shape[1:]:
         raise ValueError(f"scores: expected [P, K, M] with K, M >= 1, got {list(scores.shape)}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (Tensor, float, int)):
+        raise TypeError(f"alpha: expected a scalar, got {type(alpha).__name__}")
     alpha = torch.as_tensor(alpha, device=scores.device)
     if alpha.numel() != 1:
         raise ValueError(f"alpha: expected a scalar, got {list(alpha.shape)}")
@@ -356,14 +384,62 @@ def _dustbin_weights(couplings: Tensor) -> tuple[Tensor, Tensor]:
     return log_a - math.log(K + M), log_b - math.log(K + M)
 
 
-def _check_method(method: str) -> None:
+def _pot_arguments(
+    a: Any, b: Any, M: Any, reg: float, method: str, numItermax: int, stopThr: float, warmstart: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor, bool]:
+    """a, b and M as tensors, and whether results are to be NumPy arrays."""
     checks.check_choice("method", method, ("sinkhorn", "sinkhorn_log", "sinkhorn_stabilized"))
+    checks.check_eps(reg, "reg")
+    checks.check_max_iter(numItermax, "numItermax")
+    checks.check_tol(stopThr, "stopThr")
+    if warmstart is not None:
+        kind = type(warmstart).__name__
+        raise ValueError(f"warmstart: expected None (iterations start at potentials 0), got {kind}")
+    cost = _as_tensor("M", M)
+    checks.check_input("M", cost)
+    return _weights_of("a", a, cost), _weights_of("b", b, cost), cost, not isinstance(M, Tensor)
 
 
-def _weights_of(weights: Tensor | Sequence[float] | None, M: Tensor) -> Tensor | None:
+def _pot_log(
+    out: transport.SinkhornOutput, a: Tensor | None, b: Tensor | None, reg: float
+) -> dict[str, Tensor]:
+    mass = out.f.new_ones(()) if a is None else a.to(out.f.dtype).sum(-1)
+    rows, cols = (
+        f.new_full(f.shape[-1:], 1 / f.shape[-1]) if w is None else features.normalize_weights(w.to(f.dtype))
+        for w, f in ((a, out.f), (b, out.g))
+    )
+    return {
+        "niter": out.n_iter,
+        "err": out.marginal_error,
+        "converged": out.converged,
+        "log_u": (rows * mass[..., None]).log() + out.f / reg,
+        "log_v": cols.log() + out.g / reg,
+    }
+
+
+def _pot_results(result: Any, log: dict[str, Any] | None, as_numpy: bool) -> Any:
+    if as_numpy:
+        # [()] turns an array without dimensions into a number.
+        result = result.numpy()[()]
+        log = None if log is None else {name: x.numpy()[()] for name, x in log.items()}
+    return result if log is None else (result, log)
+
+
+def _as_tensor(name: str, x: Any) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    try:
+        return torch.tensor(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(x).__name__
+        raise TypeError(f"{name}: expected a tensor, an array or numbers, got {kind} ({error})") from error
+
+
+def _weights_of(name: str, weights: Any, cost: Tensor) -> Tensor | None:
     """POT's weights: an empty list means uniform."""
-    if weights is None or len(weights) == 0:
-        return None
-    if isinstance(weights, Tensor):
-        return weights
-    return torch.as_tensor(weights, dtype=checks.accumulate_dtype(M), device=M.device)
+    if weights is None or isinstance(weights, Tensor):
+        return None if weights is None or weights.numel() == 0 else weights
+    weights = _as_tensor(name, weights)
+    if weights.is_complex():
+        raise TypeError(f"{name}: expected real weights, got {weights.dtype}")
+    return weights.to(cost.device, checks.accumulate_dtype(cost)) if weights.numel() else None

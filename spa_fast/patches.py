@@ -2,24 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from spa_fast import _backends
 from spa_fast import _checks as checks
-from spa_fast._backends import BACKENDS
+from spa_fast import _features as features
 from spa_fast._ops import patches as _ops
-from spa_fast.reference.patches import SOFTMAX_TEMPERATURE, relevance
-from spa_fast.transport import Grad, Plan, Score, align_similarity
+from spa_fast._ops.selected import selected_sim
+from spa_fast.reference.patches import SOFTMAX_TEMPERATURE
+from spa_fast.transport import Grad, Plan, Score, SinkhornOutput, align_similarity, check_options
 
-__all__ = ["SOFTMAX_TEMPERATURE", "align_selected", "select_indices", "spa_scores", "topk_patches"]
+__all__ = ["SOFTMAX_TEMPERATURE", "PatchScores", "align_selected", "spa_scores", "topk_patches"]
 
 Reduce = Literal["max", "mean", "softmax"]
 
-# Kept similarities aligned at once where no gradient is wanted: 4 MiB in fp32, a few copies of it alive.
+# Where no gradient is wanted, at once: numbers that go with the pairs (4 MiB in fp32, with a few copies), and
+# features of the tokens, which are copied at norm 1 (4 MiB).
 _CHUNK = 1 << 20
+_TOKEN_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class PatchScores:
+    """What `spa_scores` found; only `scores` carries a gradient.
+
+    Attributes:
+        scores: [B, C].
+        indices: int64 [B, C, k], the kept patches, best first.
+        n_iter: int32 [B, C], Sinkhorn iterations done (0 for the other solvers).
+    """
+
+    scores: Tensor
+    indices: Tensor
+    n_iter: Tensor
+    _features: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = field(repr=False)
+    _options: dict[str, Any] = field(repr=False)
+
+    @torch.no_grad()
+    def plan_for(self, i: int, c: int) -> SinkhornOutput:
+        """The plan [k, M] of image i and class c, solved again, with its potentials and errors.
+
+        Rows follow `indices[i, c]`. A masked patch or token has plan 0.
+
+        Raises:
+            ValueError: i or c out of range.
+        """
+        for name, index, size in (("i", i, len(self.scores)), ("c", c, self.scores.shape[1])):
+            if not 0 <= index < size:
+                raise ValueError(f"{name}: expected 0 <= {name} < {size}, got {index}")
+        patches, tokens, patch_mask, token_mask = self._features
+        image, label = slice(i, i + 1), slice(c, c + 1)
+        out: SinkhornOutput = _align(
+            patches[image],
+            tokens[label],
+            self.indices[image, label],
+            None if patch_mask is None else patch_mask[image],
+            None if token_mask is None else token_mask[label],
+            None,
+            return_plan=True,
+            **self._options,
+        )
+        return SinkhornOutput(*(x[0, 0] for x in out))
 
 
 def topk_patches(
@@ -31,6 +79,7 @@ def topk_patches(
     class_conditional: bool = True,
     patch_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
+    cu_tokens: Tensor | Sequence[int] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The k patches of each image that agree best with each class's semantic tokens.
@@ -39,38 +88,43 @@ def topk_patches(
 
     Args:
         patches: [B, N, D], fp16, bf16, fp32 or fp64; accumulated in fp32 (fp64 for fp64).
-        tokens: [C, M, D], M >= 1, the patches' dtype and device.
+        tokens: [C, M, D], M >= 1, or [sum M, D] with `cu_tokens`; the patches' dtype and device.
         k: patches kept, 1 <= k <= N.
         reduce: "max", "mean", or "softmax": sum_j softmax_j(cos_j / T) cos_j with T = SOFTMAX_TEMPERATURE.
-        class_conditional: False selects once per image, by max_c r: the same indices for every class; the
-            scores remain each class's own r.
-        patch_mask, token_mask: bool [B, N] and [C, M], True takes part. Masked patches come after all
-            others, in order of index, with score 0.
-        backend: "auto" or "reference".
+        class_conditional: False selects once per image, by max_c r over the classes that have tokens: the
+            same indices for every class; the scores remain each class's own r.
+        patch_mask: bool [B, N], True takes part. Masked patches come after all others, in order of index,
+            with score 0.
+        token_mask: bool [C, M] ([sum M] with `cu_tokens`), True takes part.
+        cu_tokens: offsets [C + 1], rising from 0 to sum M: class c owns tokens cu_tokens[c] to cu_tokens[c +
+            1]. A tensor is read on the host; inside torch.compile pass a tuple.
+        backend: "auto", "triton", "native" or "reference"; see `spa_fast._backends.resolve_patches`.
 
     Returns:
-        scores [B, C, k] in the accumulate dtype and indices int64 [B, C, k]. A class whose tokens are all
-        masked scores 0.
+        scores [B, C, k] in the accumulate dtype and indices int64 [B, C, k]. A class without tokens keeps the
+        first k unmasked patches with score 0.
 
     Raises:
         ValueError: k outside 1..N, M = 0, shapes or devices that do not fit, NaN or Inf in an unmasked patch
             or token (values are looked at on a CPU, outside of torch.compile).
         TypeError: a dtype outside the list, or mixed dtypes.
-        RuntimeError: a backend without an implementation.
+        RuntimeError: a named backend that is not usable here.
 
     Notes:
         The gradient flows through the scores at fixed indices; for "max" to the first of equal tokens. A
-        vector of norm 0 has cosine 0 and gradient 0. One GEMM over all images and classes, in blocks of
-        8 MiB: extra memory is about 24 MiB and the kept similarities [B, C, k, M].
+        vector of norm 0 has cosine 0 and gradient 0. Deterministic. Similarities of all N patches exist for a
+        block of images and classes at a time: extra memory does not grow with B C N M. The backward runs the
+        reference formulas on every backend. No second derivative.
     """
+    if cu_tokens is not None:
+        tokens, _, token_mask = features.pad_ragged(tokens, None, token_mask, cu_tokens)
     _check(patches, tokens, k, reduce, patch_mask, token_mask)
-    _check_backend(backend)
-    sim, indices = _ops.topk_patches(patches, tokens, patch_mask, token_mask, k, reduce, class_conditional)
-    mask = None if token_mask is None else token_mask[:, None]
-    if reduce == "max":
-        best = sim.detach() if mask is None else sim.detach().masked_fill(~mask, -torch.inf)
-        return sim.gather(-1, best.argmax(-1, keepdim=True)).squeeze(-1), indices
-    return relevance(sim, mask, reduce, dim=-1), indices
+    patches, tokens = _same_dtype(patches, tokens)
+    backend = _backends.resolve_patches(backend, (patches, tokens), k)
+    scores, indices, _ = _ops.topk_patches(
+        patches, tokens, patch_mask, token_mask, k, reduce, class_conditional, backend
+    )
+    return scores, indices
 
 
 def spa_scores(
@@ -88,10 +142,12 @@ def spa_scores(
     class_conditional: bool = True,
     patch_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
+    cu_tokens: Tensor | Sequence[int] | None = None,
     select_patches: Tensor | None = None,
     select_tokens: Tensor | None = None,
+    return_details: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Any:
     """Score every class for every image: keep k patches and align them with the class's tokens by transport.
 
     score_{b,c} = <P, S>, S the cosines of the kept patches to the tokens, P the plan of cost 1 - S with
@@ -103,87 +159,109 @@ def spa_scores(
         eps: regularisation > 0 in units of cost (cosine distance, 0 to 2).
         max_iter, tol, grad: as in `sinkhorn`.
         score, solver: as in `align_similarity`.
-        reduce, class_conditional, patch_mask, token_mask: as in `topk_patches`. A masked patch that had to be
-            kept has weight 0; without any patch or token left the score is 0.
-        select_patches, select_tokens: [B, N, D'], [C, M', D'], both or neither: features to select by
-            instead, say frozen ones where the others are projected. `token_mask` holds for them if M' = M.
-        backend: of the transport, as in `sinkhorn`; the selection is plain PyTorch.
+        reduce, class_conditional, patch_mask, token_mask, cu_tokens: as in `topk_patches`. A masked patch
+            that had to be kept has weight 0; without any patch or token left the score is 0.
+        select_patches, select_tokens: [B, N, D'], [C, M', D'] ([sum M, D'] with `cu_tokens`), both or
+            neither: features to select by instead, say frozen ones where the others are projected.
+            `token_mask` holds for them if M' = M.
+        return_details: return `PatchScores`, which also gives the plan of a chosen pair.
+        backend: as in `topk_patches`, for selection and transport.
 
     Returns:
-        [B, C] in the accumulate dtype.
+        [B, C] in the accumulate dtype, or `PatchScores`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `topk_patches` and `sinkhorn`.
 
+    Source:
+        "Unlocking Patch-Level Features for CLIP-Based Class-Incremental Learning", arXiv 2605.13835, rebuilt
+        from its abstract.
+
     Notes:
-        The selection carries no gradient. The kept features of all classes never exist at once: similarities
-        come from one GEMM per block of images, or from 1 MiB of gathered rows where the indices are known.
-        Without gradient, images go through in chunks of 2^20 kept similarities: at most 64 MiB beside the
-        output as long as one image and all classes stay below that number.
+        The selection carries no gradient. "envelope" (and "implicit" for the value) run compiled code where
+        the backend has it; the other gradients and the solvers without iteration run reference formulas.
+        Deterministic; no second derivative. Neither all similarities nor the kept features of all pairs exist
+        at once. Between forward and backward O(B C (k + M)) memory. Without gradient and with
+        class_conditional, pairs go through in chunks: at most 64 MB beside the result, whatever B and C.
     """
+    if select_tokens is not None and cu_tokens is not None:
+        checks.check_shape("select_tokens", select_tokens, "[sum M, D']", (tokens.shape[0], None))
+        select_tokens = features.pad_ragged(select_tokens, None, None, cu_tokens)[0]
+    if cu_tokens is not None:
+        tokens, _, token_mask = features.pad_ragged(tokens, None, token_mask, cu_tokens)
     _check(patches, tokens, k, reduce, patch_mask, token_mask)
+    check_options(eps, max_iter, tol, score, grad, solver, backend)
+    patches, tokens = _same_dtype(patches, tokens)
+    (B, N, _), (C, M, _) = patches.shape, tokens.shape
     mask = token_mask
     if (select_patches is None) != (select_tokens is None):
         raise ValueError("select_patches, select_tokens: expected both or neither")
     if select_patches is not None and select_tokens is not None:
-        (B, N), C = patches.shape[:2], tokens.shape[0]
         checks.check_shape("select_patches", select_patches, f"[{B}, {N}, D']", (B, N, None))
         checks.check_shape("select_tokens", select_tokens, f"[{C}, M', D']", (C, None, None))
-        mask = token_mask if select_tokens.shape[1] == tokens.shape[1] else None
+        checks.check_like("select_patches", select_patches, "patches", patches, dtype=False)
+        mask = token_mask if select_tokens.shape[1] == M else None
         _check(select_patches, select_tokens, k, reduce, patch_mask, mask, "select_")
+        select_patches, select_tokens = _same_dtype(select_patches.detach(), select_tokens.detach())
+    given = [x for x in (patches, tokens, select_patches, select_tokens) if x is not None]
+    backend = _backends.resolve_patches(backend, given, k)
+    eps, tol = float(eps), float(tol)
+    options: dict[str, Any] = {
+        "eps": eps,
+        "max_iter": max_iter,
+        "tol": tol,
+        "score": score,
+        "grad": grad,
+        "solver": solver,
+    }
 
-    def scores(images: slice) -> Tensor:
-        kept = None if patch_mask is None else patch_mask[images]
-        if select_patches is None or select_tokens is None:
-            sim, indices = _ops.topk_patches(
-                patches[images], tokens, kept, token_mask, k, reduce, class_conditional
-            )
-        else:
-            _, indices = _ops.topk_patches(
-                select_patches.detach()[images],
-                select_tokens.detach(),
-                kept,
-                mask,
-                k,
-                reduce,
-                class_conditional,
-            )
-            sim = _ops.selected_sim(patches[images], tokens, indices, kept, token_mask)
-        out: Tensor = align_similarity(
-            sim,
-            None if kept is None else _gather_mask(kept, indices, sim.dtype),
-            None if token_mask is None else token_mask.to(sim.dtype),
-            eps=eps,
-            max_iter=max_iter,
-            tol=tol,
-            score=score,
-            grad=grad,
-            solver=solver,
-            backend=backend,
+    def fused(images: slice, classes: slice) -> tuple[Tensor, ...]:
+        out, indices, _f, _g, n_iter = _ops.spa_scores(
+            patches[images],
+            tokens[classes],
+            _part(select_patches, images),
+            _part(select_tokens, classes),
+            _part(patch_mask, images),
+            _part(token_mask, classes),
+            _part(mask, classes),
+            k,
+            eps,
+            max_iter,
+            tol,
+            reduce,
+            class_conditional,
+            score == "value",
+            grad,
+            backend,
         )
-        return out
+        return out, indices, n_iter
 
-    return _in_chunks(scores, patches, tokens, k)
+    def in_two_steps(images: slice, classes: slice) -> tuple[Tensor, ...]:
+        by_patches = patches.detach() if select_patches is None else select_patches
+        by_tokens = tokens.detach() if select_tokens is None else select_tokens
+        on = _part(patch_mask, images), _part(mask, classes)
+        _, indices, _ = _ops.topk_patches(
+            by_patches[images], by_tokens[classes], *on, k, reduce, class_conditional, backend
+        )
+        where = _part(patch_mask, images), _part(token_mask, classes)
+        out = _align(patches[images], tokens[classes], indices, *where, None, **options, backend=backend)
+        return out, indices, indices.new_zeros(out.shape, dtype=torch.int32)
 
-
-def select_indices(
-    patches: Tensor,
-    tokens: Tensor,
-    k: int,
-    *,
-    reduce: Reduce = "max",
-    class_conditional: bool = True,
-    patch_mask: Tensor | None = None,
-    token_mask: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """The indices [B, C, k] of `topk_patches` alone: chosen once, they serve `align_selected` many times."""
-    _check(patches, tokens, k, reduce, patch_mask, token_mask)
-    _check_backend(backend)
-    indices: Tensor = _ops.topk_patches(
-        patches.detach(), tokens.detach(), patch_mask, token_mask, k, reduce, class_conditional
-    )[1]
-    return indices
+    iterates = solver == "sinkhorn"
+    results = _in_chunks(
+        fused if iterates else in_two_steps,
+        patches,
+        tokens,
+        3 * k + M + 2 if iterates else k * M,
+        class_conditional,
+        3 if return_details else 1,
+    )
+    if not return_details:
+        return results[0]
+    scores, indices, n_iter = results
+    return PatchScores(
+        scores, indices, n_iter, (patches, tokens, patch_mask, token_mask), {**options, "backend": backend}
+    )
 
 
 def align_selected(
@@ -207,6 +285,7 @@ def align_selected(
     Args:
         weights: of the kept patches, [K], [B, 1, K] or [B, C, K], >= 0 and constant; default uniform over the
             unmasked. Normalised per image and class.
+        backend: of the transport, as in `sinkhorn`; the similarities are plain PyTorch.
         others: as in `spa_scores`.
 
     Returns:
@@ -222,44 +301,92 @@ def align_selected(
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= patches.shape[1]:
             raise ValueError(f"indices: expected 0 <= index < N = {patches.shape[1]}, got {low} to {high}")
+    options: dict[str, Any] = {
+        "eps": eps,
+        "max_iter": max_iter,
+        "tol": tol,
+        "score": score,
+        "grad": grad,
+        "solver": solver,
+    }
 
-    def scores(images: slice) -> Tensor:
-        kept = None if patch_mask is None else patch_mask[images]
-        index = indices[images]
-        sim = _ops.selected_sim(patches[images], tokens, index, kept, token_mask)
-        a = weights[images] if weights is not None and weights.dim() == 3 else weights
-        if kept is not None:
-            active = _gather_mask(kept, index, sim.dtype)
-            a = active if a is None else a * active
-        out: Tensor = align_similarity(
-            sim,
+    def align(images: slice, classes: slice) -> tuple[Tensor]:
+        a = weights
+        if a is not None and a.dim() == 3:
+            a = a[images] if a.shape[1] == 1 else a[images, classes]
+        out: Tensor = _align(
+            patches[images],
+            tokens[classes],
+            indices[images, classes],
+            _part(patch_mask, images),
+            _part(token_mask, classes),
             a,
-            None if token_mask is None else token_mask.to(sim.dtype),
-            eps=eps,
-            max_iter=max_iter,
-            tol=tol,
-            score=score,
-            grad=grad,
-            solver=solver,
+            **options,
             backend=backend,
         )
-        return out
+        return (out,)
 
-    return _in_chunks(scores, patches, tokens, indices.shape[2])
+    return _in_chunks(align, patches, tokens, indices.shape[2] * tokens.shape[1], True, 1)[0]
 
 
-def _in_chunks(scores: Callable[[slice], Tensor], patches: Tensor, tokens: Tensor, k: int) -> Tensor:
-    """All images at once where a gradient is wanted or a graph is traced, else chunk by chunk."""
-    B, images = patches.shape[0], max(1, _CHUNK // max(tokens.shape[0] * tokens.shape[1] * k, 1))
+def _align(
+    patches: Tensor,
+    tokens: Tensor,
+    indices: Tensor,
+    patch_mask: Tensor | None,
+    token_mask: Tensor | None,
+    weights: Tensor | None,
+    **options: Any,
+) -> Any:
+    sim = selected_sim(patches, tokens, indices, patch_mask, token_mask)
+    if patch_mask is not None:
+        kept = patch_mask[:, None].expand(-1, indices.shape[1], -1).gather(2, indices).to(sim.dtype)
+        weights = kept if weights is None else weights * kept
+    return align_similarity(sim, weights, None if token_mask is None else token_mask.to(sim.dtype), **options)
+
+
+def _in_chunks(
+    run: Callable[[slice, slice], tuple[Tensor, ...]],
+    patches: Tensor,
+    tokens: Tensor,
+    pair: int,
+    split_classes: bool,
+    n_results: int,
+) -> tuple[Tensor, ...]:
+    """The first results of `run` over all images and classes.
+
+    At once where a gradient is wanted or a graph is traced; else in chunks of about _CHUNK numbers, at `pair`
+    numbers a pair.
+    """
+    B, (C, M, D) = patches.shape[0], tokens.shape
     wanted = torch.is_grad_enabled() and (patches.requires_grad or tokens.requires_grad)
-    if torch.compiler.is_compiling() or wanted or images >= B:
-        return scores(slice(None))
-    return torch.cat([scores(slice(b, b + images)) for b in range(0, B, images)])
+    classes = max(C, 1)
+    if split_classes:
+        classes = min(classes, max(1, _TOKEN_CHUNK // max(M * D, 1)), max(1, _CHUNK // pair))
+    images = max(1, _CHUNK // (pair * classes))
+    if torch.compiler.is_compiling() or wanted or (images >= B and classes >= C):
+        return run(slice(None), slice(None))[:n_results]
+    results: tuple[Tensor, ...] = ()
+    for b in range(0, B, images):
+        for c in range(0, C, classes):
+            here = slice(b, min(b + images, B)), slice(c, min(c + classes, C))
+            parts = run(*here)[:n_results]
+            results = results or tuple(x.new_empty(B, C, *x.shape[2:]) for x in parts)
+            for whole, part in zip(results, parts, strict=True):
+                whole[here] = part
+    return results
 
 
-def _gather_mask(mask: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 for the unmasked among the kept patches, else 0: [B, C, K]."""
-    return mask[:, None].expand(-1, indices.shape[1], -1).gather(2, indices).to(dtype)
+def _part(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+def _same_dtype(patches: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast the two may differ: both in the accumulate dtype then."""
+    if patches.dtype == tokens.dtype:
+        return patches, tokens
+    acc = checks.accumulate_dtype(patches)
+    return patches.to(acc), tokens.to(acc)
 
 
 def _check(
@@ -272,7 +399,8 @@ def _check(
     prefix: str = "",
 ) -> None:
     for name, x, sizes in (("patches", patches, "[B, N, D]"), ("tokens", tokens, "[C, M, D]")):
-        checks.check_float(prefix + name, x)
+        (checks.check_input if name == "patches" else checks.check_float)(prefix + name, x)
+        checks.check_reverse(prefix + name, x)
         checks.check_shape(prefix + name, x, sizes, (None, None, None))
     B, N, D = patches.shape
     C, M, _ = tokens.shape
@@ -288,9 +416,3 @@ def _check(
         checks.check_mask("token_mask", token_mask, f"[{C}, {M}]", (C, M), tokens)
     checks.check_finite(f"{prefix}patches", patches, ("image", "patch"), patch_mask)
     checks.check_finite(f"{prefix}tokens", tokens, ("class", "token"), token_mask)
-
-
-def _check_backend(backend: str) -> None:
-    checks.check_choice("backend", backend, BACKENDS)
-    if backend not in ("auto", "reference"):
-        raise RuntimeError(f"backend {backend!r} is not usable: patch selection has no such implementation")

@@ -104,11 +104,11 @@ def sinkhorn(
     Notes:
         Deterministic, without host synchronisation. O(P K M) work per iteration; between forward and backward
         O(P (K + M)) memory beside the cost. On a CPU "envelope" runs compiled code; "implicit" for <P, C> and
-        "unroll" run the reference formulas for every backend. No second derivative.
+        "unroll" run the reference formulas for every backend. "unroll" alone has a second derivative. No
+        forward-mode derivative and none inside torch.func.grad: both raise RuntimeError; vmap works.
     """
-    checks.check_float("cost", cost)
-    if cost.dim() < 2 or 0 in cost.shape[-2:]:
-        raise ValueError(f"cost: expected [..., K, M] with K, M >= 1, got {list(cost.shape)}")
+    checks.check_input("cost", cost)
+    _check_sides("cost", cost)
     check_options(eps, max_iter, tol, score, grad)
     backend = _backends.resolve(backend, cost)
     *batch, K, M = cost.shape
@@ -134,7 +134,7 @@ def align_similarity(
     """<P, S> of similarities S [..., K, M] under the plan P of `solver`, the cost being 1 - S.
 
     Args:
-        score: "transport" is <P, S>, that is 1 - <P, 1 - S> for a plan of mass 1 and 0 for one of mass 0;
+        score: "transport" is <P, S>, also where P has less than mass 1 (a token that no patch may go to);
             "value" is the regularised transport value of the cost 1 - S, for solver "sinkhorn" only.
         solver:
             "sinkhorn": the entropic plan.
@@ -150,7 +150,8 @@ def align_similarity(
     Returns:
         [...] in the accumulate dtype, or `SinkhornOutput`.
     """
-    checks.check_float("sim", sim)
+    checks.check_input("sim", sim)
+    _check_sides("sim", sim)
     check_options(eps, max_iter, tol, score, grad, solver)
     sim = sim.to(checks.accumulate_dtype(sim))
     *batch, K, M = sim.shape
@@ -161,11 +162,7 @@ def align_similarity(
         # All pairs of one GEMM are solved where they lie.
         beside = sim.dim() == 4 and not sim.is_contiguous() and sim.transpose(1, 2).is_contiguous()
         flat = sim.transpose(1, 2) if beside else sim.reshape(-1, K, M).contiguous()
-        out = _solve(flat, rows, cols, batch, eps, max_iter, tol, score, grad, return_plan, backend, True)
-        if score == "value":
-            return out
-        mass = _mass(a, b, sim.dtype)
-        return out._replace(score=mass - out.score) if return_plan else mass - out
+        return _solve(flat, rows, cols, batch, eps, max_iter, tol, score, grad, return_plan, backend, True)
     flat = sim.reshape(-1, K, M)
     flat = flat.masked_fill((rows == 0)[:, :, None] | (cols == 0)[:, None, :], 0.0)
     plan = closed_form_plan(flat, rows, cols, eps, solver)
@@ -314,6 +311,11 @@ def check_options(
         raise ValueError(f"score: 'value' is defined for solver 'sinkhorn', got solver {solver!r}")
 
 
+def _check_sides(name: str, x: Tensor) -> None:
+    if x.dim() < 2 or 0 in x.shape[-2:]:
+        raise ValueError(f"{name}: expected [..., K, M] with K, M >= 1, got {list(x.shape)}")
+
+
 def _solve(
     cost: Tensor,
     rows: Tensor,
@@ -356,12 +358,3 @@ def _weights(name: str, weights: Tensor | None, cost: Tensor, batch: Sequence[in
     weights = features.normalize_weights(weights.to(acc))
     shape = (1, n) if weights.dim() == 1 else (*batch, n)
     return weights.expand(shape).reshape(-1, n).contiguous()
-
-
-def _mass(a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> Any:
-    """1 where a plan has mass, 0 where all of a or of b is 0; broadcastable to the batch."""
-    mass: Any = 1.0
-    for weights in (a, b):
-        if weights is not None:
-            mass = mass * (weights != 0).any(-1).to(dtype)
-    return mass

@@ -22,9 +22,9 @@ LAYERS = [
     {"kernels", "reference", "_native", "_checks"},
     {"_backends", "_aliases"},
     {"_ops"},
-    {"_features"},
+    {"_features", "_bank"},
     {"transport", "gaussian"},
-    {"patches"},
+    {"patches", "bank"},
     {"align", "compat"},
     {"cil"},
     {"cli"},
@@ -33,7 +33,7 @@ LAYERS = [
 EXTERNAL = {
     "kernels": {"torch", "triton"},
     "_backends": {"torch", "triton"},
-    "gaussian": {"torch", "safetensors"},
+    "bank": {"torch", "safetensors"},
 }
 # Rooms that may use the package as its users do.
 USERS = ("cil", "cli")

@@ -57,6 +57,12 @@ def test_report_tables(report: ModuleType) -> None:
     assert "## GPU" not in report.report([result(), result(cuda=True)])
 
 
+def test_report_says_where_the_time_goes(report: ModuleType) -> None:
+    staged = result()
+    staged["benchmarks"][0]["extra_info"]["shares"] = {"backward": 60, "rest": 40}
+    assert "\nnative: backward 60 %, rest 40 %.\n" in report.report([staged])
+
+
 def test_report_files_results_by_device(report: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(report, "BENCH", tmp_path)
     new = tmp_path / "new.json"

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -11,6 +12,11 @@
 #include <vector>
 
 #include "sinkhorn.h"
+#include "sinkhorn_lanes.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 using namespace spa_fast;
 
@@ -443,13 +449,154 @@ void test_gradient(Isa isa) {
             for (float& entry : p.cost) entry = 1 - (1 - entry);
             beside.similarity = true;
             const Result similar = solve(beside, isa);
-            CHECK(similar == solve(p, isa), "%s: a similarity differs from its cost", isa_name(isa));
-            std::vector<float> minus = gradient(p, similar, upstream, isa);
-            for (float& entry : minus) entry = 0 - entry;
-            const std::vector<float> similarity = gradient(beside, similar, upstream, isa);
-            const std::vector<float> cost = side_by_side(minus, 7, K, M);
-            for (size_t e = 0; e < cost.size(); ++e) CHECK(similarity[e] == cost[e], "sign");
+            CHECK(same(gradient(beside, similar, upstream, isa),
+                       side_by_side(gradient(p, similar, upstream, isa), 7, K, M)),
+                  "%s: the gradient of a similarity is that of its cost", isa_name(isa));
         }
+}
+
+// <P, S> against the plan of the cost 1 - S, and of similarities that 1 - S would lose.
+void test_similarity(Isa isa) {
+    for (const double eps : {1e-3, 0.1, 100.0})
+        for (const bool value : {false, true}) {
+            Problems p = random_problems(37, 9, 6, 2, 7);
+            set_weights(p.a, 9, 3, 0.2);
+            p.eps = eps;
+            p.value = value;
+            for (int i = 0; i < 9; ++i) p.cost[2 * 54 + i * 6 + 3] = kInf;
+            for (int j = 0; j < 6; ++j) p.cost[4 * 54 + j] = kInf;
+            Problems s = p;
+            s.similarity = true;
+            for (size_t e = 0; e < s.cost.size(); ++e) {
+                s.cost[e] = 1 - p.cost[e];
+                p.cost[e] = 1 - s.cost[e];
+            }
+            const Result got = solve(s, isa);
+            for (int64_t index = 0; index < p.P; ++index) {
+                const Exact want = exact(p, index);
+                double mass = 0;
+                for (int e = 0; e < 54; ++e)
+                    if (std::isfinite(p.cost[index * 54 + e]))
+                        mass += p.a[index * 9 + e / 6] * double(p.b[e % 6]) *
+                                std::exp((want.f[e / 6] + want.g[e % 6] - p.cost[index * 54 + e]) / eps);
+                const double score = value ? want.score : mass - want.score;
+                CHECK(std::fabs(got.score[index] - score) <= 2e-5, "%s eps %g problem %d: %.9g, expected %.9g",
+                      isa_name(isa), eps, int(index), got.score[index], score);
+                for (int i = 0; i < 9; ++i)
+                    // Where a column is out of reach, f drifts by about eps an iteration.
+                    CHECK(std::fabs(got.f[index * 9 + i] - want.f[i]) <= 2e-5 + 1e-6 * std::fabs(want.f[i]),
+                          "%s: f of %d", isa_name(isa), int(index));
+            }
+            if (value) continue;
+            Problems tiny = s;
+            double mean = 0;
+            for (float& entry : tiny.cost) entry = std::isfinite(entry) ? entry * 1e-12f : 1e-12f;
+            for (int e = 0; e < 54; ++e) mean += tiny.a[e / 6] / 6.0 * tiny.cost[e];
+            const Result small = solve(tiny, isa);
+            CHECK(std::fabs(small.score[0] - mean) <= 1e-17, "%s: %g, expected %g", isa_name(isa), small.score[0], mean);
+            for (float& entry : tiny.cost) entry = 0;
+            for (const float score : solve(tiny, isa).score)
+                CHECK(score == 0 && !std::signbit(score), "nothing scores %g", score);
+        }
+}
+
+// Address space without memory behind it: only pages that are touched exist. Null where the system refuses.
+template <class T>
+T* reserve(int64_t n, std::vector<std::pair<void*, size_t>>& reserved) {
+#if defined(__linux__)
+    const size_t bytes = static_cast<size_t>(n) * sizeof(T);
+    void* const memory =
+        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) return nullptr;
+    reserved.emplace_back(memory, bytes);
+    return static_cast<T*>(memory);
+#else
+    (void)n;
+    (void)reserved;
+    return nullptr;
+#endif
+}
+
+// The last problems of a batch whose every array passes 2^31 entries, solved where they lie: the same bits as alone.
+// `wide` is C, and C = P puts 2^31 entries between two rows of one problem.
+template <class T>
+void test_offsets_past_32_bits(Isa isa, const LaneSolver& lanes, GradSolver* grad, CostType type, bool wide) {
+    constexpr int64_t K = 9, M = 8, near = 5;
+    const int64_t P = (int64_t{1} << 28) + 2 * lanes.lanes, C = wide ? P : 1, first = P - near;
+    std::vector<std::pair<void*, size_t>> reserved;
+    T* const cost = reserve<T>(P * K * M, reserved);
+    T* const grad_cost = reserve<T>(P * K * M, reserved);
+    float* const a = reserve<float>(P * K, reserved);
+    float* const b = reserve<float>(P * M, reserved);
+    float* const f = reserve<float>(P * K, reserved);
+    float* const g = reserve<float>(P * M, reserved);
+    float* const score = reserve<float>(P, reserved);
+    float* const error = reserve<float>(P, reserved);
+    float* const upstream = reserve<float>(P, reserved);
+    int32_t* const n_iter = reserve<int32_t>(P, reserved);
+    if (reserved.size() < 10) {
+        std::printf("%s: no address space, offsets past 2^31 not probed\n", isa_name(isa));
+    } else {
+        Problems p = random_problems(near, K, M, 1, 11);
+        set_weights(p.a, K, 12, 0.2);
+        set_weights(p.b, M, 13, 0.2);
+        p.tol = 1e-4;
+        const auto place = [&](int64_t problem, int64_t i, int64_t j) {
+            return (problem / C * K * C + i * C + problem % C) * M + j;
+        };
+        std::vector<T> compact(near * K * M);
+        for (int64_t e = 0; e < near * K * M; ++e) {
+            // Small exponents, alike in both 16-bit formats: any bits that are a finite positive cost will do.
+            if constexpr (sizeof(T) == 4)
+                compact[e] = p.cost[e];
+            else
+                compact[e] = static_cast<T>((type == CostType::f16 ? 0x3000 : 0x3e00) + e % 256);
+            cost[place(first + e / (K * M), e / M % K, e % M)] = compact[e];
+        }
+        std::copy(p.a.begin(), p.a.end(), a + first * K);
+        std::copy(p.b.begin(), p.b.end(), b + first * M);
+        for (int64_t q = 0; q < near; ++q) upstream[first + q] = 1.0f + q;
+
+        SinkhornArgs args{{cost, type, C, false, a, K, b, M, P, K, M, p.eps}, p.max_iter, p.tol, false, score, f, g,
+                          n_iter, error};
+        void* const workspace = ::operator new(lanes.workspace_bytes(K, M), std::align_val_t{64});
+        for (int64_t group = first / lanes.lanes; group * lanes.lanes < P; ++group) lanes.solve(args, group, workspace);
+        ::operator delete(workspace, std::align_val_t{64});
+        grad({args, upstream, f, g, grad_cost}, first, P);
+
+        Result want;
+        sinkhorn_fwd(arguments(p, compact.data(), type, want), 1, isa);
+        std::vector<T> want_grad(compact.size());
+        sinkhorn_bwd({batch(p, compact.data(), type), upstream + first, want.f.data(), want.g.data(), want_grad.data()},
+                     1, isa);
+        for (int64_t q = 0; q < near; ++q) {
+            CHECK(want.score[q] > 0 && score[first + q] == want.score[q], "%s: score of %lld", isa_name(isa),
+                  static_cast<long long>(first + q));
+            CHECK(n_iter[first + q] == want.n_iter[q] && error[first + q] == want.marginal_error[q], "iterations");
+        }
+        CHECK(!std::memcmp(f + first * K, want.f.data(), near * K * sizeof(float)), "%s: f", isa_name(isa));
+        CHECK(!std::memcmp(g + first * M, want.g.data(), near * M * sizeof(float)), "%s: g", isa_name(isa));
+        for (int64_t e = 0; e < near * K * M; ++e)
+            CHECK(grad_cost[place(first + e / (K * M), e / M % K, e % M)] == want_grad[e], "%s: gradient",
+                  isa_name(isa));
+    }
+#if defined(__linux__)
+    for (const auto& [memory, bytes] : reserved) munmap(memory, bytes);
+#endif
+}
+
+void test_offsets_past_32_bits(Isa isa) {
+    const LaneSolver* lanes = &lanes_portable;
+    GradSolver* grad = grad_portable;
+#ifdef SPA_FAST_X86
+    if (isa != Isa::portable) lanes = isa == Isa::avx2 ? &lanes_avx2 : &lanes_avx512;
+    if (isa != Isa::portable) grad = isa == Isa::avx2 ? grad_avx2 : grad_avx512;
+#endif
+    for (const bool wide : {false, true}) {
+        test_offsets_past_32_bits<float>(isa, *lanes, grad, CostType::f32, wide);
+        test_offsets_past_32_bits<uint16_t>(isa, *lanes, grad, CostType::f16, wide);
+        test_offsets_past_32_bits<uint16_t>(isa, *lanes, grad, CostType::bf16, wide);
+    }
 }
 
 void test_gradient_of_forbidden_and_invalid(Isa isa) {
@@ -562,6 +709,8 @@ int main() {
         test_gradient(isa);
         test_gradient_of_forbidden_and_invalid(isa);
         test_half_gradients(isa);
+        test_similarity(isa);
+        test_offsets_past_32_bits(isa);
         std::printf("%s: %d failures so far\n", isa_name(isa), failures);
     }
     test_bad_arguments();

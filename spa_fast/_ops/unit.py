@@ -11,6 +11,7 @@ from torch import Tensor
 @torch.library.custom_op("spa_fast::_unit", mutates_args=())
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """x / |x| over the last dimension and 1 / |x| [..., 1]; both 0 where |x| is 0 or subnormal."""
+    x = x.contiguous()
     if x.device.type == "cpu" and x.dtype == torch.float32:
         inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).reciprocal_()
         far = ~((inverse > 1e-15) & (inverse < 1e15)).squeeze(-1)
@@ -19,7 +20,7 @@ def unit(x: Tensor) -> tuple[Tensor, Tensor]:
             inverse[far] = _inverse_norm(x[far])
     else:
         inverse = _inverse_norm(x)
-    return (x * inverse).contiguous(), inverse
+    return x * inverse, inverse
 
 
 def _inverse_norm(x: Tensor) -> Tensor:

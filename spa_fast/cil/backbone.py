@@ -55,6 +55,15 @@ class Backbone:
         self.logit_scale = float(model.logit_scale.detach().exp())
         self.fingerprint = _fingerprint(model, preprocess)
 
+    def seen_image(self, pixels: Tensor) -> Image.Image:
+        """The image that preprocessed pixels [3, H, W] hold, normalisation undone."""
+        for step in getattr(self.preprocess, "transforms", ()):
+            if hasattr(step, "mean") and hasattr(step, "std"):
+                mean, std = (torch.as_tensor(x)[:, None, None] for x in (step.mean, step.std))
+                pixels = pixels * std + mean
+        values = (255 * pixels.clamp(0, 1)).round().byte()
+        return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
+
     @torch.no_grad()
     def encode_images(self, images: Tensor, source: PatchSource = "value_path") -> tuple[Tensor, Tensor]:
         """Global token [B, D] and patch tokens [B, N, D] of images [B, 3, H, W], fp32, not normalised.

@@ -43,7 +43,7 @@ class SpaConfig:
     class_conditional: bool = True
     """Choose patches for every candidate class, or once per image."""
     selection_space: Literal["frozen", "projected"] = "frozen"
-    """Features in which patches are chosen; frozen choices are made once per task."""
+    """Features in which patches are chosen: as the encoder gives them, or projected."""
 
     # Transport
     solver: Literal["sinkhorn", "uniform", "double_softmax", "max_mean"] = "sinkhorn"
@@ -58,6 +58,8 @@ class SpaConfig:
     """Gradient of the transport score."""
     marginals: Literal["uniform", "score_softmax"] = "uniform"
     """Weights of the kept patches: equal, or a softmax of their selection scores over eps."""
+    backend: Literal["auto", "triton", "native", "reference"] = "auto"
+    """Who computes selection and transport: compiled code where there is any, or a named one."""
 
     # Projectors
     projector: Form = "residual_zero"

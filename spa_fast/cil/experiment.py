@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from spa_fast._backends import resolve_patches
 from spa_fast.cil.backbone import Backbone
 from spa_fast.cil.data.cache import FeatureCache
 from spa_fast.cil.data.datasets import ImageFolders, read_image_folders
@@ -77,7 +80,7 @@ def prepare(
         packaged = config.descriptions is None
         descriptions = read_descriptions(config.description_file, data.names, subset=packaged)
     backbone = backbone or load_backbone(config.backbone, transform=config.transform, device=config.device)
-    check_k(config, backbone)
+    check_patches(config, backbone)
     if descriptions:
         limit = backbone.model.context_length
         descriptions = fit_lengths(data.names, descriptions, config.spa, backbone.tokenizer, limit, say)
@@ -93,11 +96,18 @@ def prepare(
     return Experiment(config, data, backbone, cache, order, stream)
 
 
-def check_k(config: RunConfig, backbone: Backbone) -> None:
-    """Refuse to keep more patches than the image tower has."""
-    if config.method == "spa" and config.spa.k > backbone.n_patches:
-        most = backbone.n_patches
-        raise RunError(f"--k: expected at most the backbone's {most} patches, got {config.spa.k}")
+def check_patches(config: RunConfig, backbone: Backbone) -> None:
+    """Refuse to keep more patches than the image tower has, or a backend that cannot select them here."""
+    if config.method != "spa":
+        return
+    spa, most = config.spa, backbone.n_patches
+    if spa.k > most:
+        raise RunError(f"--k: expected at most the backbone's {most} patches, got {spa.k}")
+    n_tokens = spa.word_limit if spa.semantic_tokens == "token_level" else spa.n_descriptions
+    try:
+        resolve_patches(spa.backend, (torch.empty(0, most, 1), torch.empty(0, n_tokens, 1)), spa.k)
+    except RuntimeError as error:
+        raise RunError(f"--backend: {error}") from error
 
 
 def make_method(config: RunConfig, backbone: Backbone) -> Method:

@@ -12,7 +12,7 @@ from spa_fast.cil.data.stream import TaskStream
 from spa_fast.cil.methods.base import Method
 from spa_fast.cil.metrics import AccuracyMatrix
 
-# Images scored at a time; bounds the [B, N, C * M] similarity of the local branch.
+# Images scored at a time, whose patches are widened to fp32 and projected.
 EVAL_BATCH = 64
 
 

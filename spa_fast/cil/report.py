@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import spa_fast
+from spa_fast.cil.methods.local_branch import Explanation
 from spa_fast.cil.metrics import AccuracyMatrix
 
 # The figures that sum up a run, in percent.
@@ -126,9 +128,7 @@ def draw_overlay(
     path: Path,
     image: Image.Image,
     grid: int,
-    kept: Sequence[int],
-    relevance: np.ndarray,
-    plan: np.ndarray,
+    why: Explanation,
     texts: Sequence[str],
     title: str,
 ) -> None:
@@ -138,48 +138,60 @@ def draw_overlay(
         path: PNG to write.
         image: the image as the encoder saw it, square.
         grid: patches per side.
-        kept: indices of the kept patches.
-        relevance: [grid * grid] score of every patch.
-        plan: [k, M] transport plan.
+        why: what the local branch found.
         texts: M descriptions.
         title: heading.
     """
     from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.5])
+    _draw_kept(left, image, grid, why.kept.tolist())
+    middle.imshow(image.convert("L"), cmap="gray", alpha=0.5, extent=(0, grid, grid, 0))
+    heat = why.relevance.view(grid, grid).numpy()
+    shown = middle.imshow(heat, extent=(0, grid, grid, 0), alpha=0.65, cmap="viridis")
+    figure.colorbar(shown, ax=middle, shrink=0.8, label="best cosine to a description")
+    middle.set_title("relevance of every patch", fontsize=10)
+    for axes in (left, middle):
+        axes.set_axis_off()
+
+    plan = why.transport.plan.T
+    M, k = plan.shape
+    mass = right.imshow((plan * plan.numel()).numpy(), aspect="auto", cmap="magma", vmin=0)
+    right.set_yticks(range(M), ["\n".join(textwrap.wrap(t, 34)) for t in texts], fontsize=9 if M <= 8 else 7)
+    right.set_xticks(range(k), [str(i + 1) for i in range(k)], fontsize=8 if k <= 20 else 5)
+    right.set_xlabel("kept patch", fontsize=9)
+    right.set_title("transport plan (1 = even spread)", fontsize=10)
+    total = plan.sum(-1)
+    cosines = (plan * why.similarity.T).sum(-1) / total
+    sides = right.secondary_yaxis("right")
+    labels = [f"{100 * m:.0f} %, {c:.2f}" for m, c in zip(total.tolist(), cosines.tolist(), strict=True)]
+    sides.set_yticks(range(M), labels, fontsize=9 if M <= 8 else 7)
+    sides.set_ylabel("plan mass, its mean cosine", fontsize=9)
+    figure.colorbar(mass, ax=right, shrink=0.8, pad=0.02)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def _draw_kept(axes: Any, image: Image.Image, grid: int, kept: Sequence[int]) -> None:
+    """The image with kept patches outlined and numbered, best first."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
     # White with a dark rim shows on every background.
     rim = [withStroke(linewidth=3, foreground="black")]
-
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
-    left.imshow(image)
-    cell_w, cell_h = image.width / grid, image.height / grid
+    axes.imshow(image, extent=(0, grid, grid, 0))
     for rank, index in enumerate(kept):
-        y, x = divmod(int(index), grid)
-        corner = (x * cell_w, y * cell_h)
-        outline: dict[str, Any] = {"fill": False, "edgecolor": "white", "linewidth": 1.4, "path_effects": rim}
-        left.add_patch(Rectangle(corner, cell_w, cell_h, **outline))
-        text: dict[str, Any] = {
+        y, x = divmod(index, grid)
+        axes.add_patch(
+            Rectangle((x, y), 1, 1, fill=False, edgecolor="white", linewidth=1.4, path_effects=rim)
+        )
+        text = {
             "color": "white",
-            "fontsize": 8,
+            "fontsize": 8 if grid <= 10 else 6.5,
             "ha": "center",
             "va": "center",
             "path_effects": rim,
         }
-        left.text((x + 0.5) * cell_w, (y + 0.5) * cell_h, str(rank + 1), **text)
-    left.set_title("kept patches, best first", fontsize=9)
-    middle.imshow(image, alpha=0.35, extent=(0, grid, grid, 0))
-    heat = middle.imshow(relevance.reshape(grid, grid), extent=(0, grid, grid, 0), alpha=0.7, cmap="viridis")
-    figure.colorbar(heat, ax=middle, shrink=0.8, label="best cosine to a description")
-    middle.set_title("relevance of every patch", fontsize=9)
-    for axes in (left, middle):
-        axes.set_axis_off()
-    mass = right.imshow(plan.T * plan.size, aspect="auto", cmap="magma")
-    right.set_yticks(range(len(texts)), [t if len(t) <= 44 else t[:41] + "..." for t in texts], fontsize=8)
-    right.set_xticks(range(len(kept)), [str(i + 1) for i in range(len(kept))], fontsize=7)
-    right.set_xlabel("kept patch", fontsize=9)
-    right.set_title("transport plan (1 = even spread)", fontsize=9)
-    figure.colorbar(mass, ax=right, shrink=0.8)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
+        axes.text(x + 0.5, y + 0.5, str(rank + 1), **text)
+    axes.set_title("kept patches, best first", fontsize=10)

@@ -116,6 +116,7 @@ def write_run(
     description = {
         "config": config.as_dict(),
         "names": experiment.names,
+        "descriptions": [experiment.stream.descriptions(label) for label in range(len(experiment.order))],
         "backbone_fingerprint": experiment.backbone.fingerprint,
         "last": row["last"],
     }

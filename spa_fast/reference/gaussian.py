@@ -25,15 +25,17 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
-# Added to the diagonal in turn, times trace/D, until the factorisation succeeds.
-_JITTER = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-# An eigenvalue below minus this times trace/D is no rounding: the matrix is refused.
-_INDEFINITE = 1e-1
+# Rows of a packed triangle that are unpacked at a time.
+_TILE = 64
 
 Factor = Tensor | tuple[Tensor, Tensor]
+# An integer, or int64 [1] that stays on its device; both count modulo 2^64.
+Seed = int | Tensor
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, ...]:
     """Philox4x32-10: four int64 tensors with values in [0, 2^32) that broadcast, to four of that kind."""
     x0, x1, x2, x3 = counter
     k0, k1 = key
@@ -46,7 +48,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return x0, x1, x2, x3
 
 
-def normals(seed: int, class_ids: Tensor, n: int, dim: int, first: int = 0) -> Tensor:
+def normals(seed: Seed, class_ids: Tensor, n: int, dim: int, first: int = 0) -> Tensor:
     """Standard normals fp64 [C, n, dim] of the classes int64 [C], samples first .. first + n - 1."""
     device = class_ids.device
     block = torch.arange((dim + 3) // 4, device=device)
@@ -58,89 +60,57 @@ def normals(seed: int, class_ids: Tensor, n: int, dim: int, first: int = 0) -> T
 
 
 def sample_gaussian(
-    mean: Tensor, factor: Factor, n: int, seed: int, class_ids: Tensor, first: int = 0
+    mean: Tensor, factor: Factor, n: int, seed: Seed, class_ids: Tensor, first: int = 0
 ) -> Tensor:
     """Draws [C, n, D] in the dtype of mean [C, D]; accumulated in fp32 (fp64 for fp64).
 
-    factor: lower triangle [C, D, D] (the upper one is not read), packed by rows [C, D(D+1)/2], standard
-    deviations [C, D], or (F [C, D, r], standard deviations [C, D]) for covariance F F^T + diag^2, where F
-    takes the normals of dimensions D .. D + r - 1.
+    factor: lower triangle packed by rows [C, D(D+1)/2], standard deviations [C, D], or (F [C, D, r], standard
+    deviations [C, D]) for covariance F F^T + diag^2, where F takes the normals of dimensions D .. D + r - 1.
+    One factor [1, ...] serves all classes.
     """
     D = mean.shape[1]
     acc = torch.float64 if mean.dtype == torch.float64 else torch.float32
     low_rank, diag = factor if isinstance(factor, tuple) else (None, factor)
     rank = 0 if low_rank is None else low_rank.shape[2]
     z = normals(seed, class_ids.to(mean.device), n, D + rank, first).to(acc)
-    center = mean.to(acc)[:, None]
+    draw = diag.to(acc)[:, None] * z[..., :D] if diag.shape[1] == D else triangular_product(diag, z)
     if low_rank is not None:
-        draw = torch.baddbmm(center + diag.to(acc)[:, None] * z[..., :D], z[..., D:], low_rank.to(acc).mT)
-    elif diag.dim() == 2 and diag.shape[1] == D:
-        draw = center + diag.to(acc)[:, None] * z
-    else:
-        tril = unpack_tril(diag, D) if diag.dim() == 2 else diag.tril()
-        draw = center + triangular_product(tril.to(acc), z)
-    return draw.to(mean.dtype)
+        draw = draw + z[..., D:] @ low_rank.to(acc).mT
+    return (mean.to(acc)[:, None] + draw).to(mean.dtype)
 
 
-def triangular_product(tril: Tensor, z: Tensor) -> Tensor:
-    """L z per sample: z [C, n, D], tril [C, D, D] or [1, D, D] with zeros above the diagonal.
-
-    In blocks of 64 rows, so that hardly more than the triangle is read: with few samples that is the time.
-    """
-    dim = tril.shape[1]
-    rows = [slice(i, min(i + 64, dim)) for i in range(0, dim, 64)]
-    blocks = [(tril[:, r, : r.stop].mT, z[..., : r.stop]) for r in rows]
-    return torch.cat([torch.bmm(y, t.expand(y.shape[0], -1, -1)) for t, y in blocks], dim=-1)
-
-
-def cholesky(cov: Tensor) -> Tensor:
-    """Lower factor [D, D] of cov [D, D] in fp64: the ladder of jitters, then eigenvalues clipped at 0.
-
-    Raises ValueError for a matrix that is indefinite beyond rounding.
-    """
-    step = cov.diagonal().mean() * torch.eye(len(cov), dtype=cov.dtype)
-    for jitter in _JITTER:
-        tril, info = torch.linalg.cholesky_ex(cov + jitter * step if jitter else cov)
-        if int(info) == 0:
-            factor: Tensor = tril.contiguous()
-            return factor
-    values, vectors = _eigh(cov)
-    upper = torch.linalg.qr((vectors * values.sqrt()).T).R
-    clipped: Tensor = (upper * upper.diagonal().sign()[:, None]).T.contiguous()
-    return clipped
-
-
-def low_rank_factor(cov: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """F [D, min(rank, D)] of the leading eigenpairs and the standard deviations [D] of what they leave."""
-    values, vectors = _eigh(cov)
-    factor = vectors[:, -rank:] * values[-rank:].sqrt()
-    return factor, (cov.diagonal() - factor.square().sum(1)).clamp(min=0).sqrt()
-
-
-def _eigh(cov: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(cov)
-    if float(values[0]) < -_INDEFINITE * float(cov.diagonal().mean().abs()):
-        raise ValueError(
-            f"covariance is not positive semi-definite, smallest eigenvalue {float(values[0]):.3g}"
-        )
-    return values.clamp(min=0), vectors
+def triangular_product(packed: Tensor, z: Tensor) -> Tensor:
+    """L z per sample: z [C, n, D], L packed by rows [C or 1, D(D+1)/2]; no square L is made."""
+    dim, blocks = z.shape[2], []
+    for start in range(0, dim, _TILE):
+        stop = min(start + _TILE, dim)
+        row = torch.arange(start, stop, device=z.device)[:, None]
+        positions = row * (row + 1) // 2 + torch.arange(stop, device=z.device)
+        # Right of the diagonal the positions run into later rows, which tril removes.
+        tile = packed[:, positions].tril(start).to(z.dtype)
+        blocks.append(z[..., :stop] @ tile.mT)
+    return torch.cat(blocks, dim=-1)
 
 
 def pack_tril(matrix: Tensor) -> Tensor:
-    """Lower triangle of [..., D, D] by rows: [..., D(D+1)/2]."""
-    return matrix.flatten(-2).index_select(-1, _tril_positions(matrix.shape[-1]).to(matrix.device))
+    """Lower triangle of [..., D, D] with any strides by rows: [..., D(D+1)/2]; the rest is not read."""
+    rows, columns = tril_positions(matrix.shape[-1])
+    return matrix[..., rows.to(matrix.device), columns.to(matrix.device)]
 
 
 def unpack_tril(packed: Tensor, dim: int) -> Tensor:
     """[..., D(D+1)/2] to [..., D, D] with zeros above the diagonal."""
-    flat = packed.new_zeros(*packed.shape[:-1], dim * dim)
-    flat.index_copy_(-1, _tril_positions(dim).to(packed.device), packed)
-    return flat.view(*packed.shape[:-1], dim, dim)
+    rows, columns = tril_positions(dim)
+    tril = packed.new_zeros(*packed.shape[:-1], dim, dim)
+    tril[..., rows.to(packed.device), columns.to(packed.device)] = packed
+    return tril
 
 
 @functools.cache
-def _tril_positions(dim: int) -> Tensor:
-    return torch.ones(dim, dim, dtype=torch.bool).tril().flatten().nonzero().squeeze(1)
+def tril_positions(dim: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every entry of a packed triangle."""
+    rows, columns = torch.tril_indices(dim, dim)
+    return rows, columns
 
 
 def _box_muller(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

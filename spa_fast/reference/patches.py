@@ -1,26 +1,33 @@
-"""Patch selection by semantic tokens and the cosine similarity of what was selected.
+"""Patch selection by semantic tokens, and transport between what was selected and the tokens.
 
-    sim_{b,c,n,j} = <p_bn, s_cj> / (|p_bn| |s_cj|),    r_{b,c,n} = reduce_j sim_{b,c,n,j}
-    I_{b,c} = the k patches of largest r, ties by lowest index
+    r_{b,c,n} = reduce_j sim_{b,c,n,j},    I_{b,c} = the k patches of largest r, ties by lowest index
+    score_{b,c} = <P, S>,  S = sim_{b,c,I,:},  P the plan of cost 1 - S between uniform weights
 
-A vector of norm 0 and a masked patch or token count as the zero vector: similarity 0, gradient 0. Masked
-tokens take no part in the reduction; masked patches are chosen only after all others, in order of index.
+Masked tokens take no part in the reduction; masked patches are chosen only after all others, in order of
+index, and have weight 0. A class without any token is chosen for in order of index, scores 0 and has no say
+in a choice over all classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from spa_fast.reference.similarity import (
+    BLOCK,
+    blocks,
+    first_topk,
+    kept_blocks,
+    kept_similarity,
+    part,
+    similarity,
+    similarity_bwd,
+    unit_rows,
+)
+from spa_fast.reference.sinkhorn import sinkhorn_bwd, sinkhorn_fwd
+
 SOFTMAX_TEMPERATURE = 0.1
 """T of reduce="softmax": r = sum_j softmax_j(sim_j / T) sim_j."""
-
-# Elements of the similarity held at once: 8 MiB in fp32, which stays in the last-level cache.
-_BLOCK = 1 << 21
-# Elements of gathered features held at once: 1 MiB in fp32.
-_KEPT_BLOCK = 1 << 18
 
 
 def topk_patches_fwd(
@@ -31,87 +38,153 @@ def topk_patches_fwd(
     k: int,
     reduce: str,
     class_conditional: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Select k patches [B, N, D] per image and class by tokens [C, M, D].
 
     Returns:
-        Similarities [B, C, k, M] of the chosen patches and indices int64 [B, C, k] in order of falling r.
+        Scores r [B, C, k] falling, indices int64 [B, C, k] and, for reduce "max", the first token that
+        attains r, int32 [B, C, k]; zeros for the others.
     """
-    (B, N, _), (C, M, _) = patches.shape, tokens.shape
+    (B, N, D), (C, M, _) = patches.shape, tokens.shape
     u_tokens, _ = unit_rows(tokens, token_mask)
+    scores = u_tokens.new_empty(B, C, k)
     indices = torch.empty(B, C, k, dtype=torch.int64, device=patches.device)
-    sim = u_tokens.new_empty(B, C, k, M)
+    argmax = torch.zeros(B, C, k, dtype=torch.int32, device=patches.device)
     token_mask = None if token_mask is None else token_mask[:, :, None, None]
-    for images, class_blocks in _blocks(B, C, N, M):
-        u, _ = unit_rows(patches[images], None if patch_mask is None else patch_mask[images])
+    for images, class_blocks in blocks(B, C, N * M, BLOCK):
+        u, _ = unit_rows(patches[images], part(patch_mask, images))
         hidden = None if patch_mask is None else ~patch_mask[images]
-        best = u.new_full((u.shape[0], N), -torch.inf)
-        for classes in class_blocks:
-            s = _similarity(u_tokens[classes], u)
-            r = relevance(s, None if token_mask is None else token_mask[classes], reduce, dim=1)
-            if not class_conditional:
-                best = torch.maximum(best, r.amax(0))
-                continue
-            chosen = _first_topk(r if hidden is None else r.masked_fill_(hidden, -torch.inf), k)
-            indices[images, classes] = chosen.transpose(0, 1)
-            sim[images, classes] = _pick(s, chosen).permute(2, 0, 3, 1)
         if not class_conditional:
-            chosen = _first_topk(best if hidden is None else best.masked_fill_(hidden, -torch.inf), k)
-            indices[images] = chosen[:, None]
-            kept = u.gather(1, chosen[..., None].expand(-1, -1, u.shape[2]))
-            sim[images] = _similarity(u_tokens, kept).permute(2, 0, 3, 1)
-    return sim, indices
-
-
-def selected_sim_fwd(
-    patches: Tensor, tokens: Tensor, indices: Tensor, patch_mask: Tensor | None, token_mask: Tensor | None
-) -> Tensor:
-    """Similarities [B, C, K, M] of the patches `indices` [B, C, K] to all tokens of the class."""
-    (B, _, D), (C, M, _), K = patches.shape, tokens.shape, indices.shape[2]
-    u_tokens, _ = unit_rows(tokens, token_mask)
-    sim = u_tokens.new_empty(B, C, K, M)
-    for images, class_blocks in _kept_blocks(patches, C, K):
-        u, _ = unit_rows(patches[images], None if patch_mask is None else patch_mask[images])
+            best = u.new_full((u.shape[0], N), torch.finfo(u.dtype).min)
+            for classes in class_blocks:
+                on = part(token_mask, classes)
+                r = relevance(similarity(u_tokens[classes], u), on, reduce, dim=1)
+                r = r if on is None else r.masked_fill(~on.any(1), torch.finfo(r.dtype).min)
+                best = torch.maximum(best, r.amax(0))
+            shared = first_topk(best if hidden is None else best.masked_fill_(hidden, -torch.inf), k)
+            indices[images] = shared[:, None]
+            u = u.gather(1, shared[..., None].expand(-1, -1, D))
         for classes in class_blocks:
-            rows = _rows(indices[images, classes], u)
-            kept = u.view(-1, D).index_select(0, rows.flatten()).view(*rows.shape, D)
-            s = torch.bmm(kept, u_tokens[classes].mT)
-            sim[images, classes] = s.view(-1, u.shape[0], K, M).transpose(0, 1)
-    return sim
+            on = part(token_mask, classes)
+            sim = similarity(u_tokens[classes], u)
+            if class_conditional:
+                r = relevance(sim, on, reduce, dim=1)
+                chosen = first_topk(r if hidden is None else r.masked_fill_(hidden, -torch.inf), k)
+                indices[images, classes] = chosen.transpose(0, 1)
+                sim = sim.gather(-1, chosen[:, None].expand(-1, M, -1, -1))
+            r = relevance(sim, on, reduce, dim=1)
+            if reduce == "max":
+                first = (sim if on is None else sim.masked_fill(~on, -torch.inf)).argmax(1, keepdim=True)
+                argmax[images, classes] = first.squeeze(1).transpose(0, 1).int()
+                r = sim.gather(1, first).squeeze(1)
+            scores[images, classes] = r.transpose(0, 1)
+    return scores, indices, argmax
 
 
-def selected_sim_bwd(
-    grad_sim: Tensor,
+def topk_patches_bwd(
+    grad_scores: Tensor,
+    patches: Tensor,
+    tokens: Tensor,
+    indices: Tensor,
+    argmax: Tensor,
+    patch_mask: Tensor | None,
+    token_mask: Tensor | None,
+    reduce: str,
+    need_patches: bool,
+    need_tokens: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the scores at fixed indices and argmax; an unneeded one has size 0."""
+
+    def grad_sim(images: slice, classes: slice, sim: Tensor) -> Tensor:
+        grad = grad_scores[images, classes, :, None]
+        if reduce == "max":
+            return torch.zeros_like(sim).scatter_(-1, argmax[images, classes, :, None].long(), grad)
+        on = None if token_mask is None else token_mask[classes, None]
+        if reduce == "mean":
+            return (grad / (sim.shape[-1] if on is None else on.sum(-1, True).clamp(min=1))).expand_as(sim)
+        p = _softmax(sim, on, -1)
+        return grad * p * (1 + (sim - (p * sim).sum(-1, keepdim=True)) / SOFTMAX_TEMPERATURE)
+
+    return similarity_bwd(
+        grad_sim, patches, tokens, indices, patch_mask, token_mask, need_patches, need_tokens
+    )
+
+
+def spa_scores_fwd(
+    patches: Tensor,
+    tokens: Tensor,
+    select_patches: Tensor | None,
+    select_tokens: Tensor | None,
+    patch_mask: Tensor | None,
+    token_mask: Tensor | None,
+    select_token_mask: Tensor | None,
+    k: int,
+    eps: float,
+    max_iter: int,
+    tol: float,
+    reduce: str,
+    class_conditional: bool,
+    value: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Select k patches by `select_*` (None: by `patches`, `tokens`) and align them with the class's tokens.
+
+    Returns:
+        score [B, C], <P, S> or with `value` <P, 1 - S> + eps KL(P | a b^T); indices int64 [B, C, k]; f
+        [B, C, k], g [B, C, M] in units of cost; n_iter int32 [B, C].
+    """
+    (B, _, _), (C, M, _) = patches.shape, tokens.shape
+    if select_patches is None or select_tokens is None:
+        select_patches, select_tokens, select_token_mask = patches, tokens, token_mask
+    _, indices, _ = topk_patches_fwd(
+        select_patches, select_tokens, patch_mask, select_token_mask, k, reduce, class_conditional
+    )
+    u_tokens, _ = unit_rows(tokens, token_mask)
+    score, f, g = u_tokens.new_empty(B, C), u_tokens.new_empty(B, C, k), u_tokens.new_empty(B, C, M)
+    n_iter = torch.empty(B, C, dtype=torch.int32, device=patches.device)
+    for images, class_blocks in kept_blocks(patches, C, k, M):
+        u, _ = unit_rows(patches[images], part(patch_mask, images))
+        for classes in class_blocks:
+            here, index = (images, classes), indices[images, classes]
+            sim = kept_similarity(u, u_tokens[classes], index).view(-1, k, M)
+            a, b = _weights(index, M, part(patch_mask, images), part(token_mask, classes), sim)
+            out = sinkhorn_fwd(sim, a, b, eps, max_iter, tol, value, similarity=True)
+            score[here], f[here], g[here], n_iter[here] = (
+                x.view_as(y[here]) for x, y in zip(out[:4], (score, f, g, n_iter), strict=True)
+            )
+    return score, indices, f, g, n_iter
+
+
+def spa_scores_bwd(
+    grad_score: Tensor,
     patches: Tensor,
     tokens: Tensor,
     indices: Tensor,
     patch_mask: Tensor | None,
     token_mask: Tensor | None,
+    f: Tensor,
+    g: Tensor,
+    n_iter: Tensor,
+    eps: float,
+    value: bool,
+    mode: str,
     need_patches: bool,
     need_tokens: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `selected_sim_fwd` with respect to patches and tokens; an unneeded one has size 0."""
-    (_, _, D), (C, M, _), K = patches.shape, tokens.shape, indices.shape[2]
-    u_tokens, inv_tokens = unit_rows(tokens, token_mask)
-    d_patches = patches.new_empty(patches.shape if need_patches else (0,))
-    d_u_tokens = u_tokens.new_zeros(u_tokens.shape)
-    for images, class_blocks in _kept_blocks(patches, C, K):
-        u, inv = unit_rows(patches[images], None if patch_mask is None else patch_mask[images])
-        d_u = u.new_zeros(u.shape)
-        for classes in class_blocks:
-            rows = _rows(indices[images, classes], u)
-            grad = grad_sim[images, classes].transpose(0, 1).reshape(*rows.shape, M)
-            if need_patches:
-                d_kept = torch.bmm(grad, u_tokens[classes]).view(-1, D)
-                d_u.view(-1, D).scatter_add_(0, rows.reshape(-1, 1).expand(-1, D), d_kept)
-            if need_tokens:
-                kept = u.view(-1, D).index_select(0, rows.flatten()).view(*rows.shape, D)
-                d_u_tokens[classes].baddbmm_(grad.mT, kept)
-        if need_patches:
-            d_patches[images] = _unit_rows_bwd(d_u, u, inv).to(patches.dtype)
-    if not need_tokens:
-        return d_patches, tokens.new_empty(0)
-    return d_patches, _unit_rows_bwd(d_u_tokens, u_tokens, inv_tokens).to(tokens.dtype)
+    """Gradients of the score at fixed indices, as `sinkhorn_bwd` names them; an unneeded one has size 0."""
+
+    def grad_sim(images: slice, classes: slice, sim: Tensor) -> Tensor:
+        K, M = sim.shape[2:]
+        flat = sim.reshape(-1, K, M)
+        a, b = _weights(
+            indices[images, classes], M, part(patch_mask, images), part(token_mask, classes), flat
+        )
+        grad, phi, psi, steps = (x[images, classes].flatten(0, 1) for x in (grad_score, f, g, n_iter))
+        out = sinkhorn_bwd(grad, flat, a, b, phi, psi, steps, eps, value, mode, similarity=True)
+        return out.view_as(sim)
+
+    return similarity_bwd(
+        grad_sim, patches, tokens, indices, patch_mask, token_mask, need_patches, need_tokens
+    )
 
 
 def relevance(sim: Tensor, token_mask: Tensor | None, reduce: str, dim: int) -> Tensor:
@@ -123,77 +196,28 @@ def relevance(sim: Tensor, token_mask: Tensor | None, reduce: str, dim: int) -> 
     if reduce == "mean":
         # Masked similarities are 0 already.
         return sim.mean(dim) if token_mask is None else sim.sum(dim) / token_mask.sum(dim).clamp(min=1)
-    hidden = sim if token_mask is None else sim.masked_fill(~token_mask, torch.finfo(sim.dtype).min)
-    if reduce == "max":
-        return hidden.amax(dim)
-    return ((hidden / SOFTMAX_TEMPERATURE).softmax(dim) * sim).sum(dim)
+    if reduce == "softmax":
+        return (_softmax(sim, token_mask, dim) * sim).sum(dim)
+    return (sim if token_mask is None else sim.masked_fill(~token_mask, torch.finfo(sim.dtype).min)).amax(dim)
 
 
-def unit_rows(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x [..., D] at norm 1 in the accumulate dtype and 1/|x| [..., 1]; both 0 where |x| = 0 or masked."""
-    x = (x if x.dtype == torch.float64 else x.float()).contiguous()
-    # Squares of 1e-30 or 1e30 do not fit fp32.
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
-    inverse = norm.reciprocal().masked_fill(norm < torch.finfo(x.dtype).tiny, 0.0).to(x.dtype)
-    unit = x * inverse
-    if mask is not None:
-        unit.masked_fill_(~mask[..., None], 0.0)
-        inverse.masked_fill_(~mask[..., None], 0.0)
-    return unit, inverse
+def _softmax(sim: Tensor, token_mask: Tensor | None, dim: int) -> Tensor:
+    scaled = sim / SOFTMAX_TEMPERATURE
+    if token_mask is not None:
+        scaled = scaled.masked_fill(~token_mask, torch.finfo(sim.dtype).min)
+    return scaled.softmax(dim)
 
 
-def _unit_rows_bwd(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """(grad - unit <grad, unit>) / |x|, in place of grad."""
-    along = (grad * unit).sum(-1, keepdim=True)
-    return grad.addcmul_(unit, along, value=-1).mul_(inverse)
-
-
-def _similarity(u_tokens: Tensor, u: Tensor) -> Tensor:
-    """[C, M, B, N]: one GEMM, and the reduction over M then runs along whole rows of patches."""
-    (C, M, D), (B, N, _) = u_tokens.shape, u.shape
-    return (u_tokens.reshape(C * M, D) @ u.reshape(B * N, D).T).view(C, M, B, N)
-
-
-def _pick(sim: Tensor, chosen: Tensor) -> Tensor:
-    """[C, M, B, K] from sim [C, M, B, N] by chosen [C, B, K]."""
-    return sim.gather(-1, chosen[:, None].expand(-1, sim.shape[1], -1, -1))
-
-
-def _first_topk(r: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of r [..., N], falling, equal values by lowest index; NaN is largest."""
-    if r.dtype == torch.float64:
-        return r.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    # An integer key that orders like the float (adding 0 makes -0 equal to +0) with the index below it: keys
-    # are distinct, so any top-k is exact.
-    bits = (r.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0).view(torch.int32)
-    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
-    return (order | torch.arange(r.shape[-1] - 1, -1, -1, device=r.device)).topk(k).indices
-
-
-def _blocks(B: int, C: int, N: int, M: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Blocks of images and classes of at most _BLOCK similarities, but at least one pair."""
-    classes = min(max(C, 1), max(1, _BLOCK // max(N * M, 1)))
-    images = max(1, _BLOCK // max(N * M * classes, 1))
-    return ((block, _split(C, classes)) for block in _split(B, images))
-
-
-def _kept_blocks(patches: Tensor, C: int, K: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Blocks whose gathered rows [c, b K, D] stay in the level-2 cache.
-
-    Gathering K of N rows class by class takes a third of the GEMM over all N at K = 16, N = 196, M = 6.
-    """
-    B, N, D = patches.shape
-    images = min(max(B, 1), max(1, _BLOCK // max(N * D, 1)), max(1, _KEPT_BLOCK // max(K * D, 1)))
-    classes = max(1, _KEPT_BLOCK // max(images * K * D, 1))
-    return ((block, _split(C, classes)) for block in _split(B, images))
-
-
-def _split(size: int, step: int) -> list[slice]:
-    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
-
-
-def _rows(indices: Tensor, u: Tensor) -> Tensor:
-    """indices [b, c, K] into u [b, N, D] as rows [c, b K] of its flat form [b N, D]."""
-    b, c, K = indices.shape
-    start = torch.arange(b, device=u.device)[:, None, None] * u.shape[1]
-    return (indices + start).transpose(0, 1).reshape(c, b * K)
+def _weights(
+    indices: Tensor, M: int, patch_mask: Tensor | None, token_mask: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """a [b c, K] or [1, K] and b [b c, M] or [1, M] of indices [b, c, K]: uniform over the unmasked."""
+    B, C, K = indices.shape
+    a, b = like.new_full((1, K), 1 / K), like.new_full((1, M), 1 / M)
+    if patch_mask is not None:
+        on = patch_mask[:, None].expand(-1, C, -1).gather(2, indices).view(-1, K).to(like.dtype)
+        a = on / on.sum(-1, keepdim=True).clamp(min=1)
+    if token_mask is not None:
+        on = token_mask.expand(B, C, M).reshape(-1, M).to(like.dtype)
+        b = on / on.sum(-1, keepdim=True).clamp(min=1)
+    return a, b

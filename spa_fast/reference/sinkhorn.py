@@ -8,6 +8,8 @@ One iteration is one f and one g update, after which the columns of P sum to b a
 the `marginal_error`. Rows with a_i = 0 and columns with b_j = 0 take no part, whatever their cost. C_ij =
 +inf forbids a pair; a row or column without any finite pair has potential 0 and plan 0.
 NaN or -inf in a pair that takes part makes that problem's outputs NaN after 0 iterations.
+With `similarity` the input is S, the cost 1 - S, and <P, S> takes the place of <P, C>. What is solved is the
+cost -S, whose f is smaller by 1: nothing that S holds is lost beside 1.
 Source: Cuturi, "Sinkhorn Distances", NeurIPS 2013; Peyre and Cuturi, "Computational Optimal Transport",
     section 4.4.
 """
@@ -19,19 +21,25 @@ import math
 import torch
 from torch import Tensor
 
-# Added to the unit diagonal of the normalised Schur complement. Its null vectors, one per connected component
-# of the plan, do not reach the gradient; the ridge only keeps the Cholesky factor real.
-_RIDGE = 1e-12
+from .implicit import implicit_gradient
 
 
 def sinkhorn_fwd(
-    cost: Tensor, a: Tensor, b: Tensor, eps: float, max_iter: int, tol: float, value: bool
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    max_iter: int,
+    tol: float,
+    value: bool,
+    similarity: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Solve the P problems of `cost`, each stopping by itself at marginal_error <= tol (tol = 0: at
     max_iter).
 
     Args:
-        cost: [P, K, M], any float dtype; accumulated in fp32 (fp64 for fp64).
+        cost: [P, K, M], any float dtype; accumulated in fp32 (fp64 for fp64, and for the value, which at a
+            large eps is a small difference of potentials).
         a, b: [P, K] or [1, K], [P, M] or [1, M] in the accumulate dtype; each row sums to 1 or is all 0.
         value: score is <P, C> + eps KL(P | a b^T) instead of <P, C>.
 
@@ -39,7 +47,7 @@ def sinkhorn_fwd(
         score [P], f [P, K], g [P, M] (units of cost), n_iter int32 [P], marginal_error [P].
     """
     P, K, M = cost.shape
-    solver = _Solver(cost, a, b, eps)
+    solver = _Solver(cost, a, b, eps, similarity, wide=value)
     phi, psi = solver.L.new_zeros(P, K), solver.L.new_zeros(P, M)
     n_iter = torch.zeros(P, dtype=torch.int32, device=cost.device)
     error = solver.L.new_zeros(P)
@@ -71,15 +79,20 @@ def sinkhorn_fwd(
             if compact and not bool(keep.all()):
                 index, x = index[keep], x[keep]
                 part = solver.take(index)
-    score = solver.value(phi, psi) if value else solver.transport(phi, psi)
-    f = (phi * eps).masked_fill(bad[:, None] & (solver.a != 0), math.nan)
+    score = solver.value(phi, psi) if value else solver.score(phi, psi)
+    score, error = score.masked_fill(bad, math.nan), error.masked_fill(bad, math.nan)
+    f = solver.f(phi).masked_fill(bad[:, None] & (solver.a != 0), math.nan)
     g = (psi * eps).masked_fill(bad[:, None] & (solver.b != 0), math.nan)
-    return score.masked_fill(bad, math.nan), f, g, n_iter, error.masked_fill(bad, math.nan)
+    acc = _accumulate_dtype(cost)
+    return score.to(acc), f.to(acc), g.to(acc), n_iter, error.to(acc)
 
 
-def sinkhorn_plan(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
+def sinkhorn_plan(
+    cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float, similarity: bool = False
+) -> Tensor:
     """P [P, K, M] of the potentials in the accumulate dtype."""
-    return _Solver(cost, a, b, eps).plan(f / eps, g / eps)
+    solver = _Solver(cost, a, b, eps, similarity)
+    return solver.plan((f - solver.shift) / eps, g / eps)
 
 
 def sinkhorn_bwd(
@@ -93,40 +106,46 @@ def sinkhorn_bwd(
     eps: float,
     value: bool,
     mode: str,
+    similarity: bool = False,
 ) -> Tensor:
-    """grad_cost [P, K, M] in the dtype of `cost`.
+    """grad_cost [P, K, M] in the dtype of `cost`, with respect to what it holds.
 
     mode:
-        "envelope": grad_score P. Exact for the value at convergence; for <P, C> it holds the plan fixed.
+        "envelope": grad_score P. Exact for the value at convergence, whose sign turns for a similarity; for
+            <P, C> and <P, S> it holds the plan fixed.
         "implicit": exact at the fixed point the iteration converges to. Equal to "envelope" for the value.
         "unroll": exact for the iterate after each problem's own n_iter steps.
     """
-    solver = _Solver(cost, a, b, eps)
+    solver = _Solver(cost, a, b, eps, similarity)
     if mode == "unroll":
         grad = _unroll(solver, f, g, n_iter, value)
     else:
-        grad = solver.plan(f / eps, g / eps)
+        grad = solver.plan((f - solver.shift) / eps, g / eps)
         if mode == "implicit" and not value:
-            grad = _implicit(grad, solver.C, eps)
-    return (grad * grad_score[:, None, None]).to(cost.dtype)
+            grad = implicit_gradient(grad, solver.C, eps)
+    # <P, S>(S) = -<P, C>(-S) has the derivative of <P, C>; the value falls where S rises.
+    upstream = -grad_score if similarity and value else grad_score
+    return (grad * upstream[:, None, None]).to(cost.dtype)
 
 
 class _Solver:
-    """Cost of the problems and the updates of the scaled potentials phi = f / eps, psi = g / eps."""
+    """Cost of the problems, -S for a similarity, and the updates of the scaled potentials phi = (f - shift) /
+    eps and psi = g / eps; `wide` computes in fp64."""
 
-    def __init__(self, cost: Tensor, a: Tensor, b: Tensor, eps: float) -> None:
+    def __init__(
+        self, cost: Tensor, a: Tensor, b: Tensor, eps: float, similarity: bool, wide: bool = False
+    ) -> None:
         P, _, _ = cost.shape
-        acc = torch.float64 if cost.dtype == torch.float64 else torch.float32
-        self.eps = eps
+        acc = torch.float64 if wide else _accumulate_dtype(cost)
+        self.eps, self.similarity, self.shift = eps, similarity, float(similarity)
         self.a, self.b = a.to(acc).expand(P, -1), b.to(acc).expand(P, -1)
         active = (self.a != 0)[:, :, None] & (self.b != 0)[:, None, :]
-        self.C = cost.to(acc).masked_fill(~active, math.inf)
+        self.C = (-cost.to(acc) if similarity else cost.to(acc)).masked_fill(~active, math.inf)
         self.L = self.C / -eps
         self.log_a, self.log_b = self.a.log(), self.b.log()
 
     def take(self, index: Tensor) -> _Solver:
         part = object.__new__(_Solver)
-        part.eps = self.eps
         for name in ("a", "b", "C", "L", "log_a", "log_b"):
             setattr(part, name, getattr(self, name)[index])
         return part
@@ -148,43 +167,20 @@ class _Solver:
     def plan(self, phi: Tensor, psi: Tensor) -> Tensor:
         return (self.L + (self.log_a + phi)[:, :, None] + (self.log_b + psi)[:, None, :]).exp()
 
-    def transport(self, phi: Tensor, psi: Tensor) -> Tensor:
-        return _sum(_sum(_weigh(self.plan(phi, psi), self.C)))
+    def f(self, phi: Tensor) -> Tensor:
+        """In units of the cost 1 - S; 0 in rows without a finite pair."""
+        return (phi * self.eps + self.shift).masked_fill(self.L.isneginf().all(2), 0.0)
+
+    def score(self, phi: Tensor, psi: Tensor) -> Tensor:
+        """<P, C>, or <P, S>."""
+        moved = _sum(_sum(_weigh(self.plan(phi, psi), self.C)))
+        return 0 - moved if self.similarity else moved
 
     def value(self, phi: Tensor, psi: Tensor) -> Tensor:
         plan = self.plan(phi, psi)
         r, c = _sum(plan), _sum(plan, 1)
         mass = _sum(self.a) * _sum(self.b)
-        return self.eps * (_sum(r * phi) + _sum(c * psi) - (_sum(r) - mass))
-
-
-def _implicit(plan: Tensor, cost: Tensor, eps: float) -> Tensor:
-    """d<P, C>/dC at the fixed point: P_ij (1 + (x_i + y_j - C_ij) / eps) with H [x; y] = [h_f; h_g].
-
-    H = [[diag r, P], [P^T, diag c]] is the Hessian of the dual, r and c the true sums of P, h_f and h_g the
-    row and column sums of P * C. Eliminating x leaves S y = h_g - P^T (h_f / r) on the shorter side with S =
-    diag c - P^T diag(1/r) P: the Laplacian of a graph, whose diagonal is summed from its off-diagonal part,
-    so that nothing cancels. Solved in fp64: near a permutation S is nearly singular. The gauge is c . y = 0.
-    """
-    if cost.shape[1] < cost.shape[2]:
-        return _implicit(plan.transpose(1, 2), cost.transpose(1, 2), eps).transpose(1, 2)
-    p = plan.double()
-    C = cost.double().masked_fill(plan == 0, 0.0)
-    r, c = p.sum(2), p.sum(1)
-    q = p / r.masked_fill(r == 0, 1.0)[:, :, None]
-    centred = C - (q * C).sum(2, keepdim=True)
-    weight = p.transpose(1, 2) @ q
-    weight.diagonal(dim1=1, dim2=2).zero_()
-    scale = c.masked_fill(c == 0, 1.0).rsqrt()
-    S = (torch.diag_embed(weight.sum(2)) - weight) * scale[:, :, None] * scale[:, None, :]
-    root = c.sqrt()
-    S = S + root[:, :, None] * root[:, None, :] / c.sum(1).clamp(min=1e-300)[:, None, None]
-    S.diagonal(dim1=1, dim2=2).add_(_RIDGE + (c == 0).double())
-    factor, _ = torch.linalg.cholesky_ex(S)
-    h = (p * centred).sum(1) * scale
-    y = torch.cholesky_solve(h[:, :, None], factor).squeeze(2) * scale
-    y = y[:, None, :] - (q @ y[:, :, None])
-    return (p * (1 + (y - centred) / eps)).to(plan.dtype)
+        return self.eps * (_sum(r * phi) + _sum(c * psi) - (_sum(r) - mass)) + self.shift * _sum(r)
 
 
 def _unroll(solver: _Solver, f: Tensor, g: Tensor, n_iter: Tensor, value: bool) -> Tensor:
@@ -219,16 +215,23 @@ def _unroll(solver: _Solver, f: Tensor, g: Tensor, n_iter: Tensor, value: bool) 
     return grad
 
 
+def _accumulate_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _weigh(plan: Tensor, x: Tensor) -> Tensor:
     """plan * x where the plan is not 0, else 0: a forbidden pair costs nothing."""
-    return torch.where(plan == 0, 0.0, plan * x)
+    return plan * x.masked_fill(plan == 0, 0.0)
 
 
 def _logsumexp(x: Tensor, dim: int) -> Tensor:
     """Overwrites x."""
-    top = x.amax(dim, keepdim=True)
-    top.masked_fill_(top == -math.inf, 0.0)
-    return _sum(x.sub_(top).exp_(), dim).log_() + top.squeeze(dim)
+    top = x.detach().amax(dim, keepdim=True)
+    dead = top == -math.inf
+    top.masked_fill_(dead, 0.0)
+    # The logarithm of 0 has no second derivative either.
+    total = _sum(x.sub_(top).exp_(), dim).masked_fill(dead.squeeze(dim), 1.0)
+    return (total.log() + top.squeeze(dim)).masked_fill(dead.squeeze(dim), -math.inf)
 
 
 def _sum(x: Tensor, dim: int = -1) -> Tensor:

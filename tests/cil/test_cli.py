@@ -81,6 +81,48 @@ def test_predict_prints_five_classes_with_scores(finished, colours, capsys):
     assert names <= {"amber", "blue", "coral", "dark red", "emerald", "fuchsia", "gold"}
 
 
+def test_explain_draws_a_picture(finished, colours, tmp_path, capsys):
+    image, out = colours[0] / "test" / "dark_red" / "0.png", tmp_path / "why.png"
+    colours[1].unlink()
+    capsys.readouterr()
+    assert main(["explain", str(finished), str(image), "--class", "dark red", "--out", str(out)]) == 0
+    assert "dark red: local score" in capsys.readouterr().out
+    with Image.open(out) as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 2 * picture.height
+
+
+def test_explain_refuses(finished, colours, backbone_config, tmp_path, capsys, monkeypatch):
+    image, out = colours[0] / "test" / "dark_red" / "0.png", tmp_path / "why.png"
+
+    def explain(*args, words):
+        refused(capsys, ["explain", *map(str, args), "--out", str(out)], *words)
+        assert not out.exists()
+
+    explain(finished, image, "--class", "dark rde", words=("no class 'dark rde'", "did you mean 'dark red'?"))
+    explain(finished, "none.png", "--class", "gold", words=("no such file: none.png",))
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG broken")
+    explain(finished, broken, "--class", "gold", words=("unreadable image", "broken.png"))
+    explain(tmp_path / "none", image, "--class", "gold", words=("no such folder",))
+    args = ["explain", str(finished), str(image), "--class", "gold", "--out", str(tmp_path / "no" / "x.png")]
+    refused(capsys, args, "--out", "no such folder")
+
+    for number, (extra, word) in enumerate(
+        (
+            (("--fusion-weight", "0", "--local-loss-weight", "0"), "no local branch"),
+            (("--method", "simple_cil"), "simple_cil, which has no local branch"),
+            (("--solver", "uniform"), "aligns by 'uniform'"),
+            (("--semantic-tokens", "token_level"), "their words"),
+        )
+    ):
+        run = tmp_path / "runs" / str(number)
+        assert main(train_args(colours, backbone_config, run, *extra)) == 0
+        explain(run, image, "--class", "gold", words=(word,))
+    monkeypatch.setattr("spa_fast.cil.predict.find_spec", lambda name: None)
+    explain(finished, image, "--class", "gold", words=("needs matplotlib",))
+
+
 @pytest.mark.parametrize("method", ["zero_shot", "simple_cil"])
 def test_anchors_need_no_descriptions(colours, backbone_config, tmp_path, method):
     args = ["train", "--data", str(colours[0]), "--backbone", f"config:{backbone_config}", "--increment", "4"]
@@ -199,6 +241,7 @@ def test_no_descriptions_at_all(capsys, colours, backbone_config, tmp_path):
         (("--fusion-weight", "inf"), ("fusion_weight:", "finite")),
         (("--momentum", "1"), ("momentum:", "below 1")),
         (("--order-seed", "-1"), ("order_seed:", "-1")),
+        (("--backend", "triton", "--k", "4"), ("--backend", "'triton' is not usable")),
         (("--loss", "joint", "--fusion-weight", "0"), ("loss:", "joint")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value[0], str) and value[0].startswith("--") else "",
@@ -275,6 +318,9 @@ def test_names_must_fit_the_learned_classes(finished, capsys):
     document = json.loads(run.read_text())
     run.write_text(json.dumps({**document, "names": document["names"][:3]}))
     refused(capsys, ["eval", str(finished)], "7 classes learnt, 3 names")
+    for texts, words in (([["x"]], "descriptions of 1 classes, 7 names"), ([[3]] * 7, "a list of descr")):
+        run.write_text(json.dumps({**document, "descriptions": texts}))
+        refused(capsys, ["eval", str(finished)], words)
 
 
 def test_predict_arguments(finished, capsys):

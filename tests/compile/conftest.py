@@ -14,25 +14,24 @@ from spa_fast.kernels._tiles import MAX_REGISTERS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-FLOATS = {"to_log2", "from_log2", "inv_eps", "tol"}
+FLOATS = {"to_log2", "from_log2", "inv_eps", "tol", "unit", "sign"}
 
 Compile = Callable[..., CompiledKernel]
 
 
 @pytest.fixture
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compile:
-    """compiled(kernel, constants, num_warps, arch, dtype of cost and gradient) with a cache of its own."""
+    """compiled(kernel, constants, geometry, arch, dtype of cost and gradient) with a cache of its own."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def build(
-        kernel: Any, constants: dict[str, Any], num_warps: int, arch: int = 90, dtype: str = "fp32"
+        kernel: Any, constants: dict[str, Any], options: dict[str, int], arch: int = 90, dtype: str = "fp32"
     ) -> CompiledKernel:
         types = {"cost_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "n_iter_ptr": "*i32"}
         types |= dict.fromkeys(FLOATS, "fp32") | dict.fromkeys(constants, "constexpr")
         signature = {
             name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names
         }
-        options = {"num_warps": num_warps, "maxnreg": MAX_REGISTERS}
         return triton.compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", arch, 32), options)
 
     return build

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from spa_fast.kernels import BlockConfig, sinkhorn_bwd, sinkhorn_fwd
-from spa_fast.kernels._math import offset
+from spa_fast.kernels._math import offset, problem
 from tolerance import assert_grad
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def check(
     want = reference.sinkhorn_fwd(*exact, eps, max_iter, 1e-4, value)[1:4]
     assert torch.equal(found[2].cpu(), want[2])
     grad = torch.randn(cost.shape[0])
-    out = sinkhorn_bwd(grad.to(cost.device), cost, a, b, *found, eps, value, mode, config)
+    out = sinkhorn_bwd(grad.to(cost.device), cost, a, b, *found, eps, value, mode, config=config)
     expected = reference.sinkhorn_bwd(grad.double(), *exact, *want, eps, value, mode)
     assert out.dtype == cost.dtype
     for x, y in zip(out, expected, strict=True):
@@ -119,17 +119,47 @@ def test_sinkhorn_bwd_no_problems(device: str) -> None:
         assert out.shape == (0, 7, 5)
 
 
-@triton.jit(do_not_specialize=["program", "K", "M"])
-def probe(out_ptr, program, K, M):
-    tl.store(out_ptr, offset(program, K) * M)
+@pytest.mark.parametrize("similarity", [False, True], ids=["cost", "similarity"])
+@pytest.mark.parametrize("value", [False, True], ids=["transport", "value"])
+@pytest.mark.parametrize("mode", MODES)
+def test_sinkhorn_bwd_all_pairs_in_their_layout_and_sign(
+    device: str, mode: str, value: bool, similarity: bool
+) -> None:
+    """As the oracle on [P, K, M]; dC = -dS turns the sign for the value only, as <P, S> = 1 - <P, C>."""
+    B, K, C, M = 2, 5, 3, 4
+    cost, a, b = problems(device, B * C, K, M)
+    b = b[:1]
+    stored = (1 - cost if similarity else cost).view(B, C, K, M).transpose(1, 2).contiguous()
+    found = sinkhorn_fwd(stored, a, b, 0.1, 8, 0.0, value, similarity)[1:4]
+    grad = torch.randn(B * C)
+    out = sinkhorn_bwd(grad.to(device), stored, a, b, *found, 0.1, value, mode, similarity)
+    assert out.shape == stored.shape
+    assert out.is_contiguous()
+    exact = [x.double().cpu() for x in (1 - (1 - cost) if similarity else cost, a, b)]
+    want = reference.sinkhorn_fwd(*exact, 0.1, 8, 0.0, value)[1:4]
+    expected = reference.sinkhorn_bwd(grad.double(), *exact, *want, 0.1, value, mode)
+    sign = -1 if similarity and value else 1
+    for x, y in zip(out.transpose(1, 2).reshape(B * C, K, M), sign * expected, strict=True):
+        assert_grad(x, y, torch.float32)
+
+
+@triton.jit(do_not_specialize=["p", "K", "C", "M"])
+def probe(out_ptr, p, K, C, M):
+    tl.store(out_ptr, problem(p, K, C, M) + offset(K - 1, C) * M)
 
 
 def test_offsets_pass_two_to_the_31st(device: str) -> None:
-    """The helper that places every problem, for a program id that no test has the memory to reach."""
+    """The helpers that place every problem and row, for problems that no test has the memory to reach."""
     out = torch.zeros(1, dtype=torch.int64, device=device)
-    for program, K, M in ((307199, 196, 36), (2**31 - 1, 256, 256), (2**31 - 1, 1, 1)):
-        probe[(1,)](out, program, K, M)
-        assert out.item() == program * K * M
+    top = 2**31 - 1024
+    for p, K, C, M in (
+        (307199, 196, 1, 36),
+        (307199, 196, 300, 36),
+        (top, 256, 1, 256),
+        (top, 256, top, 256),
+    ):
+        probe[(1,)](out, p, K, C, M)
+        assert out.item() == ((p // C * K + K - 1) * C + p % C) * M
 
 
 @pytest.mark.gpu

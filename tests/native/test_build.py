@@ -114,6 +114,32 @@ def test_wheel_with_compiler(tmp_path: Path) -> None:
     info = native_info(package)
     assert info["available"], info
     assert info["version"] == version("spa_fast")
+    if shutil.which("nvcc"):
+        assert info["cuda_archs"] == ["sm_80", "sm_90", "sm_100"]
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or os.environ.get("CXX")), reason="no C++ compiler")
+def test_no_cuda_compiler_is_told(tmp_path: Path) -> None:
+    folder = str(Path(sys.executable).parent)
+    environment = {
+        **os.environ,
+        "CUDACXX": str(tmp_path / "missing"),
+        "PATH": os.pathsep.join([os.environ["PATH"], folder]),
+    }
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build")]
+    printed = subprocess.check_output(command, env=environment, text=True)
+    assert "Without CUDA: no working CUDA compiler found" in printed
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no CUDA compiler")
+def test_wheel_where_cuda_does_not_compile(tmp_path: Path) -> None:
+    # The compiler works; what our sources make of this name does not.
+    package, printed = build_wheel(tmp_path, SPA_FAST_NATIVE="auto", CUDAFLAGS="-DGaussianArgs=1")
+    info = native_info(package)
+    assert info["available"], info
+    assert info["cuda_archs"] == []
+    assert "the CUDA build failed" in str(info["cuda_reason"])
+    assert "native code without CUDA" in printed
 
 
 def test_on_fails_loudly(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""csrc by itself: core_test through cmake and ctest, plain and under the sanitizers."""
+"""csrc by itself: its tests through cmake and ctest, plain and under the sanitizers."""
 
 import os
 import shutil
@@ -40,8 +40,13 @@ def test_core(tmp_path: Path, sanitize: bool) -> None:
         pytest.skip("the compiler has no address and undefined-behaviour sanitizers")
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=PATH) else []
     build = str(tmp_path / "build")
-    options = ["-DSPA_FAST_TESTS=ON", f"-DSPA_FAST_SANITIZE={'ON' if sanitize else 'OFF'}"]
+    options = [
+        "-DSPA_FAST_TESTS=ON",
+        "-DSPA_FAST_CUDA=OFF",
+        f"-DSPA_FAST_SANITIZE={'ON' if sanitize else 'OFF'}",
+    ]
     run("cmake", "-S", str(ROOT), "-B", build, *generator, *options)
-    compiled = run("cmake", "--build", build, "--target", "core_test", "--parallel")
+    targets = ("core_test", "patches_test", "gaussian_test")
+    compiled = run("cmake", "--build", build, "--target", *targets, "--parallel")
     assert "warning:" not in compiled, compiled
     run("ctest", "--test-dir", build, "--output-on-failure")

@@ -233,23 +233,49 @@ def test_sinkhorn_bwd_forbidden_invalid_and_empty(isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [5, 16, 23])
-def test_sinkhorn_beside_and_similarity_change_no_bit(isa: str, dtype: torch.dtype, M: int) -> None:
-    """[B, K, C, M] of similarities against [B * C, K, M] of their costs; and one problem against all."""
-    B, C, K, options = 3, 9, 12, {"isa": isa, "eps": 0.05}
-    cost, a, b = problems(B * C, K, M)
-    sim = (1 - cost).to(dtype)
-    cost = 1 - sim.float()
-    wide = sim.view(B, C, K, M).transpose(1, 2).contiguous()
+@pytest.mark.parametrize("similarity", [False, True])
+def test_sinkhorn_beside_changes_no_bit(isa: str, dtype: torch.dtype, M: int, similarity: bool) -> None:
+    """[B, K, C, M] against [B * C, K, M]; and one problem against all."""
+    B, C, K, options = 3, 9, 12, {"isa": isa, "eps": 0.05, "similarity": similarity}
+    cost, a, b = problems(B * C, K, M, dtype)
+    wide = cost.view(B, C, K, M).transpose(1, 2).contiguous()
     upstream = torch.randn(B * C)
     solved = native(cost, a, b, tol=1e-3, **options)
-    assert same(native(wide, a, b, C=C, similarity=True, tol=1e-3, threads=2, **options), solved)
+    assert same(native(wide, a, b, C=C, tol=1e-3, threads=2, **options), solved)
     want = native_bwd(upstream, cost, a, b, *solved[1:3], **options)
-    got = native_bwd(upstream, wide, a, b, *solved[1:3], C=C, similarity=True, threads=2, **options)
-    assert torch.equal(got.transpose(1, 2).reshape(B * C, K, M), -want.to(dtype))
+    got = native_bwd(upstream, wide, a, b, *solved[1:3], C=C, threads=2, **options)
+    assert torch.equal(got.transpose(1, 2).reshape(B * C, K, M), want)
     for p in (0, 13, 26):
         one = slice(p, p + 1)
         alone = [x[one].contiguous() for x in (upstream, cost, a, b, *solved[1:3])]
         assert torch.equal(native_bwd(*alone, **options), want[one])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eps", [1e-3, 0.05, 0.5, 100.0])
+@pytest.mark.parametrize("value", [False, True])
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+def test_sinkhorn_of_a_similarity(isa: str, dtype: torch.dtype, eps: float, value: bool, size: float) -> None:
+    cost, a, b = problems(21, 12, 7)
+    sim = (size * (cost - 0.9)).to(dtype)
+    sim[3, 2, 1], sim[4, 5], sim[5, :, 2], sim[6, 0, 0] = -math.inf, -math.inf, -math.inf, math.nan
+    a[7], a[8, 3:], b[9, :2] = 0, 0, 0
+    options = {"eps": eps, "max_iter": 30, "tol": 0.0}
+    score, f, g, n_iter, error = native(sim, a, b, value=value, similarity=True, isa=isa, **options)
+    exact = sim.double(), a.double(), b.double(), eps, 30, 0.0, value, True
+    want = sinkhorn_fwd(*exact)
+    scale = 1.0 if value else float(sim[sim.isfinite()].abs().max())
+    torch.testing.assert_close(score.double(), want[0], rtol=1e-5, atol=2e-6 * scale, equal_nan=True)
+    for x, y in ((f, want[1]), (g, want[2]), (error, want[4])):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert torch.equal(n_iter, want[3])
+    upstream = torch.randn(21)
+    got = native_bwd(upstream, sim, a, b, f, g, eps=eps, similarity=True, isa=isa)
+    grads = sinkhorn_bwd(upstream.double(), *exact[:3], *want[1:4], eps, False, "envelope", True)
+    whole = torch.tensor([p for p in range(21) if p != 6])
+    rounding = 32 * 2.0**-24 / eps + 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got[whole].double(), grads[whole], rtol=rounding, atol=1e-6)
 
 
 def test_sinkhorn_bwd_instruction_sets_agree() -> None:

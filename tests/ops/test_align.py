@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from spa_fast import PatchAligner, SinkhornAlign, sinkhorn, sinkhorn_align, spa_scores, transport
 
 OPS = torch.ops.spa_fast
+SPARSE = torch.eye(6).to_sparse()
 
 
 def features(B: int = 3, C: int = 4, K: int = 6, M: int = 5, D: int = 8) -> tuple[Tensor, Tensor]:
@@ -309,7 +310,7 @@ def test_align_similarity_reads_every_layout(grad: str, score: str, backend: str
     torch.testing.assert_close(grads[0], grads[2], rtol=1e-4, atol=1e-6)
     cost = 1 - wide.detach().transpose(1, 2)
     want = sinkhorn(cost, a, b, score=score, tol=1e-6, max_iter=500, backend=backend)
-    assert torch.equal(outs[0].score, want if score == "value" else 1 - want)
+    torch.testing.assert_close(outs[0].score, want if score == "value" else 1 - want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(3, 6, 4, 5), (0, 6, 4, 5), (3, 6, 0, 5)])
@@ -382,6 +383,14 @@ def test_align_is_a_module() -> None:
         (ValueError, "backend", {"backend": "gpu"}),
         (TypeError, "normalise.*did you mean 'normalize'", {"normalise": True}),
         (TypeError, "reg.*eps", {"eps": 0.1, "reg": 0.1}),
+        (TypeError, "blur: expected a number, got str", {"blur": "x"}),
+        (TypeError, "blur: expected a number, got bool", {"blur": True}),
+        (TypeError, "eps: expected a number, got Tensor", {"eps": torch.tensor(0.1)}),
+        (TypeError, "eps: expected a number, got NoneType", {"eps": None}),
+        (TypeError, "max_iter: expected an integer, got bool", {"max_iter": True}),
+        (TypeError, "max_iter: expected an integer, got Tensor", {"max_iter": torch.tensor(3)}),
+        (TypeError, "tol: expected a number, got str", {"tol": "1e-3"}),
+        (TypeError, "tol: expected a number, got bool", {"tol": False}),
     ],
 )
 def test_align_refuses_options(error: type[Exception], match: str, kwargs: dict[str, object]) -> None:
@@ -415,6 +424,36 @@ def test_align_refuses_options(error: type[Exception], match: str, kwargs: dict[
         (ValueError, "cu_tokens: .*3 tokens", {"tokens": torch.zeros(3, 8), "cu_tokens": [0, 2, 1, 3]}),
         (ValueError, "cu_tokens: .*3 tokens", {"tokens": torch.zeros(3, 8), "cu_tokens": [0, 2]}),
         (TypeError, "cu_tokens: .*float32", {"tokens": torch.zeros(3, 8), "cu_tokens": torch.zeros(2)}),
+        *(
+            (TypeError, f"cu_tokens: expected {what}", {"tokens": torch.zeros(3, 8), "cu_tokens": offsets})
+            for what, offsets in (
+                (r"a tensor, list or tuple .*, got str", "03"),
+                (r"a tensor, list or tuple .*, got int", 3),
+                (r"a tensor, list or tuple .*, got set", {0, 3}),
+                (r"integers, got float at \[1\]", [0, 1.0, 3]),
+                (r"integers, got bool at \[0\]", [False, 3]),
+                (r"integers, got str at \[1\]", [0, "a", 3]),
+                (r"integers, got NoneType at \[1\]", (0, None)),
+            )
+        ),
+        *(
+            (TypeError, f"{name}: expected a tensor, got {type(x).__name__}", {name: x})
+            for name in ("patches", "tokens", "a", "b", "patch_mask", "token_mask")
+            for x in ([[1.0]], "x", 1)
+        ),
+        (TypeError, "patches: expected a dense tensor, got torch.sparse_coo", {"patches": SPARSE}),
+        (
+            TypeError,
+            "token_mask: expected a dense tensor, got torch.sparse_coo",
+            {"token_mask": SPARSE.bool()},
+        ),
+        (TypeError, "tokens: .*float8_e4m3fn", {"tokens": torch.zeros(4, 5, 8).to(torch.float8_e4m3fn)}),
+        (TypeError, "b: .*complex64", {"b": torch.ones(4, 5, dtype=torch.complex64)}),
+        (
+            ValueError,
+            "patches: expected a device that holds values, got meta",
+            {"patches": torch.zeros(3, 6, 8, device="meta"), "tokens": torch.zeros(4, 5, 8, device="meta")},
+        ),
     ],
 )
 def test_align_refuses_inputs(error: type[Exception], match: str, change: dict[str, object]) -> None:
@@ -472,5 +511,7 @@ def test_autocast_features_meet_cached_fp32_tokens() -> None:
 
 
 def test_negative_blur_is_refused() -> None:
-    with pytest.raises(ValueError, match="eps"):
+    with pytest.raises(
+        ValueError, match=r"blur: expected a finite number > 0 \(eps is its power\), got -0.5"
+    ):
         SinkhornAlign(blur=-0.5)

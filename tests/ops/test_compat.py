@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -111,13 +112,14 @@ def test_samples_loss_is_geomlosss(p: int, debias: bool, weighted: bool) -> None
 
 def test_samples_loss_of_unit_vectors_is_transport_of_one_minus_cosine() -> None:
     x, y = (torch.nn.functional.normalize(torch.randn(2, n, 16), dim=-1) for n in (9, 5))
-    value = SamplesLoss("sinkhorn", p=2, blur=0.1**0.5, debias=False)(x, y)
+    options = {"p": 2, "blur": 0.1**0.5, "debias": False, "tol": 1e-4}
+    value = SamplesLoss("sinkhorn", **options)(x, y)
     want = sinkhorn(1 - x @ y.mT, eps=0.1, score="value", tol=1e-4, max_iter=1000)
     torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6)
-    far = SamplesLoss("sinkhorn", p=2, blur=0.1**0.5, debias=False)(x + 1000, y + 1000)
+    far = SamplesLoss("sinkhorn", **options)(x + 1000, y + 1000)
     torch.testing.assert_close(far, want, rtol=1e-3, atol=1e-3)
     assert SamplesLoss(blur=0.5)(x, x).abs().max() < 1e-6
-    own = SamplesLoss(p=2, blur=0.1**0.5, debias=False, cost=lambda s, t: 1 - s @ t.mT)
+    own = SamplesLoss(**options, cost=lambda s, t: 1 - s @ t.mT)
     torch.testing.assert_close(own(x, y), want, rtol=1e-5, atol=1e-6)
 
 
@@ -129,6 +131,11 @@ def test_samples_loss_of_unit_vectors_is_transport_of_one_minus_cosine() -> None
         (ValueError, "reach", {"reach": 1.0}),
         (ValueError, "blur: .*got 0", {"blur": 0}),
         (ValueError, "blur: .*got -1", {"blur": -1}),
+        (TypeError, "blur: expected a number, got str", {"blur": "x"}),
+        (TypeError, "blur: expected a number, got Tensor", {"blur": torch.tensor(0.1)}),
+        (ValueError, "p: expected 1 or 2, got True", {"p": True}),
+        (ValueError, "p: expected 1 or 2, got x", {"p": "x"}),
+        (TypeError, "max_iter: expected an integer, got str", {"max_iter": "x"}),
     ],
 )
 def test_samples_loss_refuses(error: type[Exception], match: str, options: dict[str, object]) -> None:
@@ -137,6 +144,22 @@ def test_samples_loss_refuses(error: type[Exception], match: str, options: dict[
     for args, what in (((torch.rand(3, 2),) * 3, "arguments"), ((torch.rand(3, 2), torch.rand(4, 3)), "y:")):
         with pytest.raises((TypeError, ValueError), match=what):
             SamplesLoss()(*args)
+
+
+def test_samples_loss_refuses_empty_clouds() -> None:
+    some = torch.rand(3, 2)
+    for args, match in (((some[:0], some), r"x: .*\[0, 2\]"), ((some, some[:0]), r"y: .*\[0, 2\]")):
+        with pytest.raises(ValueError, match=match):
+            SamplesLoss()(*args)
+    assert SamplesLoss()(torch.rand(0, 3, 2), torch.rand(0, 4, 2)).shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(3, 0, 4), torch.ones(3, 4, 0)])
+def test_plot_sinkhorn_refuses(bad: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"sim: expected \[..., K, M\] with K, M >= 1"):
+        plot_sinkhorn(bad)
+    with pytest.raises(TypeError, match="thresh: expected a number, got str"):
+        plot_sinkhorn(torch.ones(3, 4), thresh="x")
 
 
 def plots_loop(sim: Tensor, eps: float, max_iter: int, thresh: float) -> tuple[Tensor, int]:
@@ -229,6 +252,7 @@ def test_log_optimal_transport_gradcheck_and_refusals() -> None:
     scores = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     alpha = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda s, t: log_optimal_transport(s, t, 4), (scores, alpha), atol=1e-7)
+    torch.autograd.gradgradcheck(lambda s, t: log_optimal_transport(s, t, 4), (scores, alpha), atol=1e-7)
     assert log_optimal_transport(scores[:0], alpha, 4).shape == (0, 4, 5)
     large = log_optimal_transport(1e4 * scores.detach().float(), 0.0, 20)
     assert large.isfinite().all()
@@ -237,8 +261,13 @@ def test_log_optimal_transport_gradcheck_and_refusals() -> None:
         log_optimal_transport(scores[0], alpha, 4)
     with pytest.raises(ValueError, match="alpha: expected a scalar"):
         log_optimal_transport(scores, torch.zeros(2), 4)
-    with pytest.raises(ValueError, match="max_iter"):
+    for bad in ("0.1", None, True):
+        with pytest.raises(TypeError, match="alpha: expected a scalar, got"):
+            log_optimal_transport(scores, bad, 4)
+    with pytest.raises(ValueError, match="iters: expected >= 1, got 0"):
         log_optimal_transport(scores, alpha, 0)
+    with pytest.raises(TypeError, match="iters: expected an integer, got str"):
+        log_optimal_transport(scores, alpha, "4")
 
 
 def test_ott_agrees_on_plan_value_and_gradient() -> None:
@@ -269,3 +298,97 @@ def test_samples_loss_says_when_it_has_not_converged() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SamplesLoss(blur=1.0, debias=False)(x, y)
+
+
+CLOUDS = {
+    "cube": lambda n, D: torch.rand(3, n, D, dtype=torch.float64),
+    "normal": lambda n, D: torch.randn(3, n, D, dtype=torch.float64),
+    "clusters": lambda n, D: (
+        torch.randn(3, 4, D, dtype=torch.float64)[:, torch.arange(n) % 4]
+        + 0.1 * torch.randn(3, n, D, dtype=torch.float64)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CLOUDS)
+@pytest.mark.parametrize("D", [2, 8, 64])
+@pytest.mark.parametrize("p", [1, 2])
+def test_samples_loss_of_geomlosss_defaults_converges(kind: str, D: int, p: int) -> None:
+    geomloss = pytest.importorskip("geomloss", reason="geomloss is not installed")
+    x, y = CLOUDS[kind](30, D), CLOUDS[kind](20, D) + 0.2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # In fp32, as users have it.
+        ours = SamplesLoss(p=p, debias=False)(x.float(), y.float()).double()
+        SamplesLoss(p=p)(x.float(), y.float())
+    peer = {
+        s: geomloss.SamplesLoss(p=p, debias=False, scaling=s, backend="tensorized")(x, y) for s in (0.5, 0.99)
+    }
+    exact = SamplesLoss(p=p, debias=False, tol=1e-4, max_iter=200_000)(x.float(), y.float()).double()
+    torch.testing.assert_close(ours, exact, rtol=5e-3, atol=1e-4)
+    torch.testing.assert_close(peer[0.99], exact, rtol=2e-2, atol=1e-4)
+    # Nearer than the peer is by default.
+    assert ((ours - exact).abs() <= (peer[0.5] - exact).abs() + 1e-4).all()
+
+
+def test_samples_loss_weights_and_gradient_from_a_warm_start() -> None:
+    x, y = torch.rand(2, 9, 3, dtype=torch.float64), torch.rand(2, 7, 3, dtype=torch.float64)
+    a, b = 2 * weights(2, 9), 2 * weights(2, 7)
+    b[:, 3] = 0
+    loss = SamplesLoss(debias=False, tol=1e-10, max_iter=100_000)
+    leaf = x.clone().requires_grad_()
+    value = loss(a, leaf, b, y)
+    cost = torch.cdist(x, y).square() / 2
+    want = sinkhorn(cost, a, b, eps=0.05**2, max_iter=300_000, tol=1e-10, score="value")
+    torch.testing.assert_close(value, 2 * want - 0.05**2 * 2 * math.log(2), rtol=1e-7, atol=1e-9)
+    value.sum().backward()
+    direction = torch.randn_like(x)
+    got = float((leaf.grad * direction).sum())
+    assert got == pytest.approx(directional(lambda t: loss(a, t, b, y).sum(), x, direction), rel=1e-4)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_pots_fronts_take_and_return_numpy(batch: tuple[int, ...]) -> None:
+    ot = pytest.importorskip("ot", reason="POT is not installed")
+    M = np.random.default_rng(0).random((*batch, 6, 4))
+    M.flags.writeable = False
+    a, b = weights(6).numpy(), weights(4).numpy()
+    options = {"reg": 0.1, "numItermax": 5000, "stopThr": 1e-12}
+    plan, log = ot_sinkhorn(a, b, M, log=True, **options)
+    score, log2 = ot_sinkhorn2(a, b, M, log=True, **options)
+    assert all(isinstance(x, (np.ndarray, np.generic)) for x in (plan, score, *log.values(), *log2.values()))
+    assert plan.dtype == score.dtype == np.float64
+    assert plan.shape == M.shape
+    assert score.shape == batch
+    np.testing.assert_array_equal(ot_sinkhorn2(a, b, M, **options), score)
+    np.testing.assert_array_equal(log["log_u"], log2["log_u"])
+    for index in np.ndindex(*batch):
+        np.testing.assert_allclose(plan[index], ot.sinkhorn(a, b, M[index], **options), rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(score[index], ot.sinkhorn2(a, b, M[index], **options), rtol=1e-8)
+    assert isinstance(ot_sinkhorn(a, b, torch.from_numpy(M.copy()), 0.1), Tensor)
+    assert ot_sinkhorn([], [], M.tolist(), 0.1).shape == M.shape
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "change"),
+    [
+        (TypeError, "M: expected a tensor, an array or numbers, got str", {"M": "cost"}),
+        (TypeError, "M: expected a tensor, an array or numbers, got list", {"M": [[1.0], [1.0, 2.0]]}),
+        (TypeError, "M: expected fp16.*complex128", {"M": np.ones((2, 2), dtype=complex)}),
+        (TypeError, "M: expected fp16.*int64", {"M": np.ones((2, 2), dtype=int)}),
+        (TypeError, "a: expected real weights", {"a": np.ones(2, dtype=complex)}),
+        (TypeError, "b: expected a tensor, an array or numbers, got object", {"b": object()}),
+        (ValueError, r"a: expected weights .*\[3\]", {"a": np.ones(3)}),
+        (ValueError, "warmstart: expected None .*, got tuple", {"warmstart": (np.zeros(2), np.zeros(2))}),
+        (TypeError, "reg: expected a number, got str", {"reg": "x"}),
+        (ValueError, "reg: .*got 0", {"reg": 0}),
+        (TypeError, "numItermax: expected an integer, got float", {"numItermax": 1.5}),
+        (ValueError, "stopThr: .*got -1", {"stopThr": -1}),
+    ],
+)
+@pytest.mark.parametrize("front", [ot_sinkhorn, ot_sinkhorn2])
+def test_pots_fronts_refuse(
+    front: object, error: type[Exception], match: str, change: dict[str, object]
+) -> None:
+    with pytest.raises(error, match=match):
+        front(**({"a": None, "b": None, "M": np.ones((2, 2)), "reg": 0.1} | change))

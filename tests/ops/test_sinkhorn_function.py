@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spa_fast import SinkhornOutput, sinkhorn
+from spa_fast.transport import align_similarity
 
 
 @given(
@@ -136,6 +137,29 @@ def test_sinkhorn_refuses(error: type[Exception], match: str, kwargs: dict[str, 
 def test_sinkhorn_refuses_dtypes(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"cost: expected fp16, bf16, fp32 or fp64, got {dtype}"):
         sinkhorn(torch.zeros(2, 3, 4).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0, 4), (2, 4, 0)])
+def test_align_similarity_refuses_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"sim: expected \[..., K, M\] with K, M >= 1"):
+        align_similarity(torch.zeros(shape))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_sinkhorn_refuses_what_is_no_dense_tensor_with_values() -> None:
+    cost = torch.rand(5, 4)
+    for bad, match in (
+        (cost.to_sparse(), "expected a dense tensor, got torch.sparse_coo"),
+        (cost.to_sparse_csr(), "expected a dense tensor, got torch.sparse_csr"),
+        (torch.nested.nested_tensor([cost, cost]), "expected a dense tensor, got a nested tensor"),
+        ([[0.1]], "expected a tensor, got list"),
+    ):
+        with pytest.raises(TypeError, match=f"cost: {match}"):
+            sinkhorn(bad)
+        with pytest.raises(TypeError, match=f"sim: {match}"):
+            align_similarity(bad)
+    with pytest.raises(ValueError, match="cost: expected a device that holds values, got meta"):
+        sinkhorn(cost.to("meta"))
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 0, 4), (2, 4, 0)])

@@ -1,11 +1,17 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from spa_fast import PatchAligner, sinkhorn_align, spa_scores, topk_patches
 from spa_fast import patches as module
-from spa_fast import sinkhorn_align, spa_scores, topk_patches
-from spa_fast.patches import align_selected, select_indices
+from spa_fast._ops import patches as ops
+from spa_fast.patches import align_selected
 
+BENCH = Path(__file__).parents[2] / "bench"
 OPTIONS = {"eps": 0.1, "max_iter": 200, "tol": 1e-9}
 
 
@@ -69,6 +75,18 @@ def test_implicit_gradient_by_finite_differences():
     assert torch.autograd.gradcheck(scores, (patches, tokens), atol=1e-5)
 
 
+def test_envelope_gradient_of_the_value_by_finite_differences():
+    patches, tokens = case(B=2, N=5, C=2, M=3, D=4, grad=True)
+    patch_mask, token_mask = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)
+    patch_mask[0, 1:4], token_mask[1, 0] = False, False
+    options = {"eps": 0.3, "max_iter": 500, "tol": 1e-13, "score": "value"}
+
+    def scores(p, s):
+        return spa_scores(p, s, 3, patch_mask=patch_mask, token_mask=token_mask, **options)
+
+    assert torch.autograd.gradcheck(scores, (patches, tokens), atol=1e-6)
+
+
 def test_all_patches_is_sinkhorn_align():
     patches, tokens = case()
     torch.testing.assert_close(
@@ -93,8 +111,10 @@ def test_selection_in_another_space():
     got = spa_scores(
         patches, tokens, 4, select_patches=frozen_patches, select_tokens=frozen_tokens, **OPTIONS
     )
-    indices = select_indices(frozen_patches, frozen_tokens, 4)
-    torch.testing.assert_close(got, align_selected(patches, tokens, indices, **OPTIONS), rtol=0, atol=0)
+    indices = topk_patches(frozen_patches, frozen_tokens, 4)[1]
+    torch.testing.assert_close(
+        got, align_selected(patches, tokens, indices, **OPTIONS), rtol=1e-12, atol=1e-12
+    )
     got.sum().backward()
     assert patches.grad.any()
     assert frozen_patches.grad is None
@@ -119,7 +139,7 @@ def test_chunks_do_not_change_scores(class_conditional, monkeypatch):
     def scores():
         shared = {"patch_mask": patch_mask, "token_mask": token_mask, **OPTIONS}
         both = {"class_conditional": class_conditional, **shared}
-        indices = select_indices(*frozen, 4, class_conditional=class_conditional, patch_mask=patch_mask)
+        indices = topk_patches(*frozen, 4, class_conditional=class_conditional, patch_mask=patch_mask)[1]
         weights = torch.rand(7, 4, 4, generator=torch.Generator().manual_seed(2))
         return (
             spa_scores(patches, tokens, 4, **both),
@@ -128,9 +148,11 @@ def test_chunks_do_not_change_scores(class_conditional, monkeypatch):
         )
 
     whole = scores()
-    monkeypatch.setattr(module, "_CHUNK", 4 * 5 * 4 * 2)
-    for got, want in zip(scores(), whole, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    for chunk, tokens_at_once in ((1, 1), (40, 2 * 5 * 6), (4 * 5 * 4 * 2, 1 << 20)):
+        monkeypatch.setattr(module, "_CHUNK", chunk)
+        monkeypatch.setattr(module, "_TOKEN_CHUNK", tokens_at_once)
+        for got, want in zip(scores(), whole, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
 def test_layouts_do_not_matter():
@@ -149,7 +171,7 @@ def test_layouts_do_not_matter():
 
 def test_weights_of_the_kept_patches():
     patches, tokens = case()
-    indices = select_indices(patches, tokens, 4)
+    indices = topk_patches(patches, tokens, 4)[1]
     uniform = align_selected(patches, tokens, indices, **OPTIONS)
     torch.testing.assert_close(
         align_selected(patches, tokens, indices, weights=torch.full((4,), 3.0), **OPTIONS), uniform
@@ -190,7 +212,7 @@ def test_empty_batches_are_differentiable(B, C):
 def test_low_precision_follows_fp64(dtype):
     patches, tokens = case(B=2, N=63, M=6, D=48, dtype=dtype)
     got = spa_scores(patches, tokens, 9, eps=0.1, max_iter=50, tol=0)
-    indices = select_indices(patches, tokens, 9)
+    indices = topk_patches(patches, tokens, 9)[1]
     want = align_selected(patches.double(), tokens.double(), indices, eps=0.1, max_iter=50, tol=0)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
@@ -213,6 +235,233 @@ def test_compiles_in_one_graph_and_once_for_all_batch_sizes(grad):
     assert counter.frame_count == 1
 
 
+def on_device(backend_device, grad=False, B=4, N=30, C=5, M=6, D=24, dtype=torch.float32):
+    """fp32 leaves on the CPU, for the reference, and on the backend's device."""
+    patches, tokens = case(B=B, N=N, C=C, M=M, D=D, dtype=dtype)
+    g = torch.Generator().manual_seed(5)
+    patch_mask, token_mask = torch.rand(B, N, generator=g) > 0.3, torch.rand(C, M, generator=g) > 0.3
+    patch_mask[1], token_mask[2], patch_mask[2, 3:] = False, False, False
+    here = [x.detach().requires_grad_(grad) for x in (patches, tokens)]
+    there = [x.detach().to(backend_device[1]).requires_grad_(grad) for x in (patches, tokens)]
+    return here, there, {"patch_mask": patch_mask, "token_mask": token_mask}
+
+
+def moved(masks, device):
+    return {name: mask.to(device) for name, mask in masks.items()}
+
+
+@pytest.mark.parametrize("score", ["transport", "value"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("k", [1, 8, 30])
+@pytest.mark.parametrize("eps", [0.02, 0.1])
+def test_backends_agree_with_the_reference(backend_device, score, masked, k, eps):
+    backend, device = backend_device
+    here, there, on = on_device(backend_device, grad=True)
+    on = on if masked else {}
+    options = {"eps": eps, "max_iter": 50, "tol": 0, "score": score, "return_details": True}
+    want = spa_scores(*here, k, **options, **on, backend="reference")
+    got = spa_scores(*there, k, **options, **moved(on, device), backend=backend)
+    assert torch.equal(got.indices.cpu(), want.indices)
+    assert got.n_iter.dtype == torch.int32
+    torch.testing.assert_close(got.scores.cpu(), want.scores, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(4, 5, generator=torch.Generator().manual_seed(6))
+    grads = torch.autograd.grad(got.scores, there, weight.to(device))
+    for g, w in zip(grads, torch.autograd.grad(want.scores, here, weight), strict=True):
+        assert float((g.cpu() - w).norm()) <= 1e-4 * float(w.norm())
+
+
+@pytest.mark.parametrize("class_conditional", [True, False])
+def test_masked_values_reach_nothing_even_nan(backend_device, class_conditional):
+    backend, device = backend_device
+    _, there, on = on_device(backend_device)
+    on = moved(on, device)
+    poison = (
+        there[0].masked_fill(~on["patch_mask"][..., None], torch.nan),
+        there[1].masked_fill(~on["token_mask"][..., None], torch.inf),
+    )
+    results = []
+    for features in (there, poison):
+        leaves = [x.detach().requires_grad_() for x in features]
+        # Image 2 has 3 patches or fewer: masked ones must be kept.
+        out = spa_scores(
+            *leaves, 8, class_conditional=class_conditional, return_details=True, backend=backend, **on
+        )
+        results.append((out.scores, out.indices, *torch.autograd.grad(out.scores.sum(), leaves)))
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean, poisoned)
+    assert not results[1][2][~on["patch_mask"]].any()
+    assert not results[1][3][~on["token_mask"]].any()
+
+
+@pytest.mark.parametrize("class_conditional", [True, False])
+@pytest.mark.parametrize("frozen_dtype", [torch.float16, torch.float32])
+def test_backends_select_in_another_space(backend_device, class_conditional, frozen_dtype):
+    backend, device = backend_device
+    here, there, on = on_device(backend_device)
+    frozen = case(B=4, N=30, C=5, D=9, M=3, dtype=frozen_dtype, seed=1)
+    options = {"eps": 0.1, "max_iter": 30, "tol": 0, "class_conditional": class_conditional}
+    options |= {"return_details": True, "reduce": "mean"}
+    on = {"patch_mask": on["patch_mask"]}
+    select = {"select_patches": frozen[0], "select_tokens": frozen[1]}
+    want = spa_scores(*here, 7, **options, **on, **select, backend="reference")
+    got = spa_scores(*there, 7, **options, **moved(on | select, device), backend=backend)
+    assert torch.equal(got.indices.cpu(), want.indices)
+    torch.testing.assert_close(got.scores.cpu(), want.scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", ["implicit", "unroll"])
+def test_backends_give_exact_gradients_too(backend_device, grad):
+    backend, device = backend_device
+    here, there, on = on_device(backend_device, grad=True)
+    options = {"eps": 0.2, "max_iter": 20, "tol": 0, "grad": grad}
+    want = torch.autograd.grad(spa_scores(*here, 8, **options, **on, backend="reference").sum(), here)
+    got = spa_scores(*there, 8, **options, **moved(on, device), backend=backend)
+    for g, w in zip(torch.autograd.grad(got.sum(), there), want, strict=True):
+        assert float((g.cpu() - w).norm()) <= 1e-3 * float(w.norm())
+
+
+def test_stop_by_tolerance(backend_device):
+    backend, _ = backend_device
+    _, there, _ = on_device(backend_device)
+    out = spa_scores(*there, 8, max_iter=100, tol=1e-3, return_details=True, backend=backend)
+    assert int(out.n_iter.min()) > 0
+    assert int(out.n_iter.max()) < 100
+    plan = out.plan_for(1, 2)
+    assert bool(plan.converged)
+    assert abs(float(plan.score) - float(out.scores[1, 2])) < 1e-4
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("solver", ["sinkhorn", "uniform", "max_mean"])
+def test_plan_for_a_pair(masked, solver):
+    patches, tokens = case(grad=True)
+    patch_mask, token_mask = masks() if masked else (None, None)
+    on = {"patch_mask": patch_mask, "token_mask": token_mask}
+    out = spa_scores(patches, tokens, 4, solver=solver, return_details=True, **on, **OPTIONS)
+    assert out.indices.shape == (3, 4, 4)
+    for i, c in ((0, 1), (2, 3)):
+        got = out.plan_for(i, c)
+        kept = out.indices[i, c]
+        a = None if patch_mask is None else patch_mask[i, kept].double()
+        b = None if token_mask is None else token_mask[c].double()
+        want = sinkhorn_align(
+            *(patches[i : i + 1, kept], tokens[c : c + 1]),
+            *(a, b),
+            solver=solver,
+            return_plan=True,
+            **OPTIONS,
+        )
+        assert got.plan.shape == (4, 5)
+        assert not got.plan.requires_grad
+        torch.testing.assert_close(got.plan, want.plan[0, 0], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(got.score, out.scores[i, c].detach(), rtol=1e-8, atol=1e-10)
+    for bad in ((3, 0), (-1, 0), (0, 4)):
+        with pytest.raises(ValueError, match="expected 0 <="):
+            out.plan_for(*bad)
+
+
+def test_ragged_tokens_equal_a_mask():
+    patches, tokens = case(grad=True)
+    frozen_patches, frozen_tokens = case(D=3, seed=2)
+    lengths = [5, 2, 0, 4]
+    token_mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    flat, frozen = tokens[token_mask], frozen_tokens[token_mask]
+    cu_tokens = (0, 5, 7, 7, 11)
+    for select in (False, True):
+        here = {"select_patches": frozen_patches, "select_tokens": frozen} if select else {}
+        there = {**here, "select_tokens": frozen_tokens} if select else {}
+        got = spa_scores(patches, flat, 4, cu_tokens=cu_tokens, **here, **OPTIONS)
+        want = spa_scores(patches, tokens, 4, token_mask=token_mask, **there, **OPTIONS)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+        assert not got[:, 2].any()
+        grads = [torch.autograd.grad(s.sum(), (patches, tokens), retain_graph=True) for s in (got, want)]
+        for g, w in zip(*grads, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="select_tokens"):
+        spa_scores(patches, flat, 4, cu_tokens=cu_tokens, select_patches=patches, select_tokens=tokens)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("grad", ["envelope", "implicit"])
+def test_opcheck(backend_device, masked, grad):
+    backend, device = backend_device
+    inputs = case(dtype=torch.float32)
+    frozen = case(D=9, M=7, dtype=torch.float32, seed=1)
+    on = (x.to(device) for x in masks()) if masked else (None, None)
+    data = [x.to(device).requires_grad_() for x in inputs], [x.to(device) for x in frozen]
+    options = (4, 0.1, 9, 0.0, "max", True, False, grad, backend)
+    torch.library.opcheck(ops.spa_scores, (*data[0], *data[1], *on, None, *options))
+    torch.library.opcheck(ops.spa_scores, (*data[0], *(None,) * 5, *options))
+
+
+def test_opcheck_of_the_backward(backend_device):
+    backend, device = backend_device
+    data = [x.to(device) for x in case(dtype=torch.float32)]
+    _, indices, f, g, n_iter = ops.spa_scores(
+        *data, *(None,) * 5, 4, 0.1, 9, 0.0, "max", True, False, "envelope", backend
+    )
+    saved = (*data, indices, None, None, f, g, n_iter)
+    for need in ((True, True), (False, True)):
+        torch.library.opcheck(
+            ops.spa_scores_bwd,
+            (torch.randn(3, 4, device=device), *saved, 0.1, False, "envelope", backend, *need),
+        )
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_extra_memory_does_not_grow_with_images_and_classes(backend):
+    """Without gradient: at most 64 MB beside inputs and result."""
+    code = (
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(BENCH)!r})\n"
+        "from measure import seconds_and_peak_mb\n"
+        "from spa_fast import spa_scores\n"
+        "torch.set_num_threads(1)\n"
+        "patches, tokens = torch.randn(B, 49, 256), torch.randn(C, 6, 256)\n"
+        f"run = lambda p, s: spa_scores(p, s, 16, max_iter=2, backend={backend!r})\n"
+        "run(patches[:2], tokens[:2])\n"
+        "print(seconds_and_peak_mb(lambda: run(patches, tokens))[1])\n"
+    )
+    for B, C in ((400, 40), (2, 4000)):
+        text = code.replace("(B,", f"({B},").replace("(C,", f"({C},")
+        run = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+        if run.stdout.strip() == "None":
+            pytest.skip("nobody counts memory here")
+        assert float(run.stdout) <= 64
+
+
+def test_details_compile_in_one_graph():
+    patches, tokens = case(dtype=torch.float32)
+    torch._dynamo.reset()
+    scores = torch.compile(
+        lambda p, s: spa_scores(p, s, 4, return_details=True), fullgraph=True, backend="aot_eager"
+    )
+    got, want = scores(patches, tokens), spa_scores(patches, tokens, 4, return_details=True)
+    torch.testing.assert_close(got.scores, want.scores)
+    assert torch.equal(got.indices, want.indices)
+    torch.testing.assert_close(got.plan_for(0, 1).plan, want.plan_for(0, 1).plan)
+
+
+def test_autocast_takes_two_dtypes_and_keeps_fp32():
+    patches, tokens = case(dtype=torch.float32, D=64)
+    want = spa_scores(patches, tokens.bfloat16().float(), 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = spa_scores(patches, tokens.bfloat16(), 4)
+    torch.testing.assert_close(got, want)
+
+
+def test_aligner_is_the_function():
+    patches, tokens = case()
+    flat = tokens.flatten(0, 1)
+    align = PatchAligner(4, reg=0.2, numItermax=30, thresh=0.0, return_details=True)
+    got = align(patches, flat, cu_tokens=(0, 5, 10, 15, 20))
+    want = spa_scores(patches, tokens, 4, 0.2, max_iter=30, tol=0)
+    torch.testing.assert_close(got.scores, want, rtol=1e-12, atol=1e-12)
+    assert "k=4, eps=0.2" in repr(align)
+    with pytest.raises(ValueError, match="reduce"):
+        PatchAligner(4, reduce="median")
+
+
 def test_refusals():
     patches, tokens = case()
     for k in (0, 13):
@@ -224,6 +473,12 @@ def test_refusals():
         spa_scores(patches, tokens[:, :0], 4)
     with pytest.raises(ValueError, match="solver"):
         spa_scores(patches, tokens, 4, solver="emd")
+    with pytest.raises(ValueError, match=r"backend.*did you mean 'native'"):
+        spa_scores(patches, tokens, 4, backend="nativ")
+    with pytest.raises(TypeError, match="tokens: expected the dtype"):
+        spa_scores(patches, tokens.float(), 4)
+    with pytest.raises(ValueError, match="select_patches: expected the device"):
+        spa_scores(patches, tokens, 4, select_patches=patches.to("meta"), select_tokens=tokens)
     with pytest.raises(ValueError, match="both or neither"):
         spa_scores(patches, tokens, 4, select_patches=patches)
     with pytest.raises(ValueError, match="select_patches"):
@@ -234,7 +489,9 @@ def test_refusals():
     bad[1] = torch.nan
     with pytest.raises(ValueError, match=r"select_tokens: .*class 1"):
         spa_scores(patches, tokens, 4, select_patches=patches, select_tokens=bad)
-    indices = select_indices(patches, tokens, 4)
+    with pytest.raises(ValueError, match=r"tokens: .*class 1"):
+        spa_scores(patches, bad, 4)
+    indices = topk_patches(patches, tokens, 4)[1]
     with pytest.raises(TypeError, match="indices"):
         align_selected(patches, tokens, indices.int())
     with pytest.raises(ValueError, match="indices"):

@@ -3,8 +3,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from spa_fast import topk_patches
+from spa_fast._backends import available
 from spa_fast._ops import patches as ops
-from spa_fast.patches import SOFTMAX_TEMPERATURE, select_indices
+from spa_fast._ops.selected import selected_sim, selected_sim_bwd
+from spa_fast.patches import SOFTMAX_TEMPERATURE
 
 REDUCES = ("max", "mean", "softmax")
 
@@ -100,11 +102,108 @@ def test_masked_patches_come_last_with_score_zero():
     assert patch_mask[1][indices[1]].all()
 
 
-def test_select_indices_carries_no_gradient_and_agrees():
+def test_indices_carry_no_gradient():
+    assert not topk_patches(*case(grad=True), 5)[1].requires_grad
+
+
+def signs(n, m, D=16):
+    """Entries of +-1: cosines are multiples of 1 / 8, exact in any order of summation, and many are equal."""
+    g = torch.Generator().manual_seed(3)
+    return torch.randint(0, 2, (n, m, D), generator=g).mul_(2).sub_(1).float()
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+@pytest.mark.parametrize("class_conditional", [True, False])
+@pytest.mark.parametrize("k", [1, 7, 16, 64])
+def test_backends_agree_with_the_reference(backend_device, reduce, class_conditional, k):
+    backend, device = backend_device
+    g = torch.Generator().manual_seed(k)
+    patches, tokens = torch.randn(3, 64, 40, generator=g), torch.randn(5, 6, 40, generator=g)
+    patch_mask, token_mask = torch.rand(3, 64, generator=g) > 0.2, torch.rand(5, 6, generator=g) > 0.3
+    patch_mask[1], token_mask[3] = False, False
+    patches[0, 5], tokens[1, 2] = 0, 0
+    for mask in (False, True):
+        on = {"patch_mask": patch_mask, "token_mask": token_mask} if mask else {}
+        options = {"reduce": reduce, "class_conditional": class_conditional}
+        want, indices = topk_patches(patches, tokens, k, backend="reference", **options, **on)
+        on = {name: x.to(device) for name, x in on.items()}
+        got, found = topk_patches(patches.to(device), tokens.to(device), k, backend=backend, **options, **on)
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=2e-6)
+        # Values that rounding could swap are further apart than this seed's rounding.
+        assert torch.equal(found.cpu(), indices)
+
+
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+@pytest.mark.parametrize("k", [1, 9, 50])
+def test_ties_go_to_the_lowest_index_on_every_backend(backend_device, reduce, k):
+    backend, device = backend_device
+    patches, tokens = signs(2, 50), signs(3, 4)
+    want = topk_patches(patches.double(), tokens.double(), k, reduce=reduce)
+    _, indices, argmax = ops.topk_patches(
+        patches.to(device), tokens.to(device), None, None, k, reduce, True, backend
+    )
+    assert torch.equal(indices.cpu(), want[1])
+    if reduce == "max":
+        sim = torch.einsum("bnd,cmd->bcnm", patches, tokens).gather(
+            2, want[1][..., None].expand(-1, -1, -1, 4)
+        )
+        assert torch.equal(argmax.cpu().long(), sim.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_backends_take_narrow_features(backend_device, dtype):
+    backend, device = backend_device
+    patches, tokens = case(N=33, D=24, dtype=dtype)
+    want = topk_patches(patches.double(), tokens.double(), 6)
+    got = topk_patches(patches.to(device), tokens.to(device), 6, backend=backend)
+    assert got[0].dtype == torch.float32
+    torch.testing.assert_close(got[0].double().cpu(), want[0], rtol=1e-5, atol=2e-6)
+    assert torch.equal(got[1].cpu(), want[1])
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_backends_give_the_reference_gradient(backend_device, reduce):
+    backend, device = backend_device
+    patches, tokens = case(B=3, N=20, D=16, dtype=torch.float32, grad=True)
+    want = torch.autograd.grad(
+        topk_patches(patches, tokens, 5, reduce=reduce, backend="reference")[0].sum(), (patches, tokens)
+    )
+    on = [x.detach().to(device).requires_grad_() for x in (patches, tokens)]
+    got = torch.autograd.grad(topk_patches(*on, 5, reduce=reduce, backend=backend)[0].sum(), on)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.cpu(), w, rtol=1e-4, atol=1e-6)
+
+
+def test_ragged_tokens_equal_a_mask():
     patches, tokens = case(grad=True)
-    indices = select_indices(patches, tokens, 5, reduce="mean")
-    assert torch.equal(indices, topk_patches(patches, tokens, 5, reduce="mean")[1])
-    assert not indices.requires_grad
+    _, token_mask = masks()
+    flat = torch.cat([t[on] for t, on in zip(tokens, token_mask, strict=True)])
+    scores, indices = topk_patches(patches, flat, 5, cu_tokens=[0, 4, 6, 10])
+    want, chosen = topk_patches(patches, tokens, 5, token_mask=token_mask)
+    assert torch.equal(indices, chosen)
+    torch.testing.assert_close(scores, want, rtol=1e-12, atol=1e-14)
+    got = torch.autograd.grad(scores.sum(), (patches, tokens), retain_graph=True)
+    for g, w in zip(got, torch.autograd.grad(want.sum(), (patches, tokens)), strict=True):
+        torch.testing.assert_close(g, w)
+    with pytest.raises(ValueError, match="cu_tokens"):
+        topk_patches(patches, flat, 5, cu_tokens=[0, 4, 11])
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_image_or_class_without_anything_scores_zero(reduce):
+    patches, tokens = case(grad=True)
+    patch_mask, token_mask = torch.ones(2, 13, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)
+    patch_mask[1], token_mask[2] = False, False
+    scores, indices = topk_patches(
+        patches, tokens, 5, reduce=reduce, patch_mask=patch_mask, token_mask=token_mask
+    )
+    assert not scores[1].any()
+    assert not scores[:, 2].any()
+    assert torch.equal(indices[1], torch.arange(5).expand(3, 5))
+    grads = torch.autograd.grad(scores.sum(), (patches, tokens))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[0][1].any()
+    assert not grads[1][2].any()
 
 
 def test_strides_do_not_matter():
@@ -152,17 +251,33 @@ def test_extreme_scales(scale):
     torch.testing.assert_close(far, scores)
 
 
+@pytest.mark.parametrize("reduce", REDUCES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_opcheck(masked):
-    patch_mask, token_mask = masks() if masked else (None, None)
+def test_opcheck(backend_device, reduce, masked):
+    backend, device = backend_device
+    patch_mask, token_mask = (x.to(device) for x in masks()) if masked else (None, None)
     for grad in (False, True):
-        patches, tokens = case(grad=grad)
-        indices = select_indices(patches, tokens, 5)
-        inputs = (patches, tokens, patch_mask, token_mask, 5, "max", True)
-        torch.library.opcheck(ops.topk_patches, inputs)
-        torch.library.opcheck(ops.selected_sim, (patches, tokens, indices, patch_mask, token_mask))
-        backward = (torch.randn(2, 3, 5, 4).double(), patches.detach(), tokens.detach(), indices)
-        torch.library.opcheck(ops.selected_sim_bwd, (*backward, patch_mask, token_mask, True, False))
+        patches, tokens = (x.detach().to(device).requires_grad_(grad) for x in case(dtype=torch.float32))
+        torch.library.opcheck(
+            ops.topk_patches, (patches, tokens, patch_mask, token_mask, 5, reduce, True, backend)
+        )
+
+
+def test_opcheck_of_backwards():
+    patches, tokens = case()
+    patch_mask, token_mask = masks()
+    scores, indices, argmax = ops.topk_patches(
+        patches, tokens, patch_mask, token_mask, 5, "max", True, "reference"
+    )
+    on = (patch_mask, token_mask)
+    chosen = (patches, tokens, indices)
+    torch.library.opcheck(
+        ops.topk_patches_bwd, (torch.randn_like(scores), *chosen, argmax, *on, "max", True, False)
+    )
+    grad = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    torch.library.opcheck(selected_sim_bwd, (grad, *chosen, *on, True, False))
+    leaves = [x.detach().requires_grad_() for x in (patches, tokens)]
+    torch.library.opcheck(selected_sim, (*leaves, indices, *on))
 
 
 def test_compiles_in_one_graph_and_once_for_all_batch_sizes():
@@ -212,7 +327,7 @@ def test_refusals():
         topk_patches(patches.long(), tokens.long(), 3)
     with pytest.raises(ValueError, match="reduce"):
         topk_patches(patches, tokens, 3, reduce="maximum")
-    with pytest.raises(RuntimeError, match="native"):
+    with pytest.raises(RuntimeError, match=r"native.* (got torch.float64|not been built)"):
         topk_patches(patches, tokens, 3, backend="native")
     with pytest.raises(ValueError, match="backend"):
         topk_patches(patches, tokens, 3, backend="cuda")
@@ -220,6 +335,17 @@ def test_refusals():
         topk_patches(patches, tokens, 3, patch_mask=torch.ones(2, 13))
     with pytest.raises(ValueError, match="token_mask"):
         topk_patches(patches, tokens, 3, token_mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="tokens: expected the device of patches, cpu, got meta"):
+        topk_patches(patches, tokens.to("meta"), 3)
+
+
+@pytest.mark.skipif(available()["native"] is not None, reason="native is not built")
+@pytest.mark.parametrize(("N", "M", "k", "word"), [(1025, 2, 3, "N"), (9, 257, 3, "M"), (300, 2, 257, "k")])
+def test_a_named_backend_refuses_what_it_does_not_take(N, M, k, word):
+    patches, tokens = torch.randn(1, N, 4), torch.randn(1, M, 4)
+    with pytest.raises(RuntimeError, match=rf"native.*it takes {word} <="):
+        topk_patches(patches, tokens, k, backend="native")
+    assert topk_patches(patches, tokens, k)[0].shape == (1, 1, k)
 
 
 def test_nan_is_refused_unless_masked():

@@ -147,3 +147,31 @@ def test_sinkhorn_bwd_implicit_near_a_permutation() -> None:
         _, f, g, n_iter, _ = sinkhorn_fwd(*inputs, 1e-2, 500, 0.0, False)
         out = sinkhorn_bwd(grad.to(dtype), *inputs, f, g, n_iter, 1e-2, False, "implicit")
         torch.testing.assert_close(out[0].double(), torch.eye(6, dtype=torch.float64) / 6, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["envelope", "implicit", "unroll"])
+@pytest.mark.parametrize("value", [False, True])
+def test_sinkhorn_bwd_of_a_similarity(mode: str, value: bool) -> None:
+    """d/dS of <P, S> = -d/dC of -<P, C> for a plan of mass 1; of the value, -d/dC."""
+    cost, a, b, grad = problems(4, 6, 5)
+    a[1, 2:], b[2, 0] = 0, 0
+    a, b = (w / w.sum(1, keepdim=True) for w in (a, b))
+    solved = sinkhorn_fwd(1 - cost, a, b, EPS, 40, 1e-9, value, True)[1:4]
+    ours = sinkhorn_bwd(grad, 1 - cost, a, b, *solved, EPS, value, mode, True)
+    want = sinkhorn_bwd(grad, cost, a, b, *solved, EPS, value, mode)
+    assert_grad(ours, -want if value else want, torch.float64)
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_sinkhorn_bwd_of_a_similarity_gradcheck(value: bool) -> None:
+    sim, a, b, grad = problems(2, 4, 3)
+
+    def score(s: Tensor) -> Tensor:
+        return (sinkhorn_fwd(s, a, b, EPS, 5, 0.0, value, True)[0] * grad).sum()
+
+    solved = sinkhorn_fwd(sim, a, b, EPS, 5, 0.0, value, True)[1:4]
+    ours = sinkhorn_bwd(grad, sim, a, b, *solved, EPS, value, "unroll", True)
+    for _ in range(3):
+        direction = torch.randn_like(sim)
+        ahead, behind = (score(sim + step * direction) for step in (1e-6, -1e-6))
+        assert float((ours * direction).sum()) == pytest.approx(float(ahead - behind) / 2e-6, rel=1e-6)

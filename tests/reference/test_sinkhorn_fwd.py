@@ -254,3 +254,41 @@ def test_sinkhorn_fwd_extremes_are_finite(dtype: torch.dtype, eps: float, top: f
 def test_sinkhorn_fwd_empty_batch() -> None:
     out = sinkhorn_fwd(torch.zeros(0, 3, 2), torch.ones(1, 3) / 3, torch.ones(1, 2) / 2, 0.1, 5, 0.0, True)
     assert [tuple(x.shape) for x in out] == [(0,), (0, 3), (0, 2), (0,), (0,)]
+
+
+@given(seed=st.integers(0, 99), eps=st.floats(0.05, 10), value=st.booleans())
+def test_sinkhorn_fwd_similarity_is_the_cost_one_minus_s(seed: int, eps: float, value: bool) -> None:
+    cost, a, b = problems(3, 6, 5, seed)
+    a[1, 2:] = 0
+    cost[2, 1], cost[2, 0, 3] = math.inf, math.inf
+    ours = sinkhorn_fwd(1 - cost, a, b, eps, 15, 1e-6, value, True)
+    score, *want = sinkhorn_fwd(cost, a, b, eps, 15, 1e-6, value)
+    plans = [sinkhorn_plan(x, a, b, *ours[1:3], eps, flag) for x, flag in ((1 - cost, True), (cost, False))]
+    torch.testing.assert_close(*plans, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(ours[0], score if value else plans[1].sum((1, 2)) - score)
+    for x, y in zip(ours[1:], want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-20])
+def test_sinkhorn_fwd_similarity_keeps_what_one_minus_s_loses(size: float) -> None:
+    S, a, b = problems(4, 6, 5)
+    S = (size * S).float()
+    got = sinkhorn_fwd(S, a.float(), b.float(), 0.1, 20, 0.0, False, True)[0]
+    want = (a[:, :, None] * b[:, None, :] * S.double()).sum((1, 2))
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+    assert not sinkhorn_fwd(0 * S, a.float(), b.float(), 0.1, 20, 1e-3, False, True)[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("top", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("eps", [1.0, 100.0, 1e4])
+def test_sinkhorn_fwd_value_at_large_eps(dtype: torch.dtype, top: float, eps: float) -> None:
+    """What potentials of size C hold of eps log sums, to the rounding of C."""
+    cost, a, b = problems(4, 9, 6)
+    cost, a, b = (top * cost).to(dtype), a.float(), b.float()
+    got = sinkhorn_fwd(cost, a, b, eps, 30, 0.0, True)
+    want = sinkhorn_fwd(cost.double(), a.double(), b.double(), eps, 30, 0.0, True)
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-6, atol=0)
+    for x, y in zip(got[1:3], want[1:3], strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-6 * top)

@@ -199,9 +199,7 @@ def draw_examples(folder: Path, experiment: Experiment, method: Method, backbone
             folder / f"overlay_{number}.png",
             image,
             round(backbone.n_patches**0.5),
-            why.kept.tolist(),
-            why.relevance.numpy(),
-            why.transport.plan.numpy(),
+            why,
             experiment.stream.descriptions(label),
             f"{experiment.names[label]} (test image)",
         )

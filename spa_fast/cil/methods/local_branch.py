@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from spa_fast.cil.data.features import Rows
 from spa_fast.cil.data.stream import ClassTexts
 from spa_fast.cil.errors import RunError
 from spa_fast.cil.methods.replay import Replay
-from spa_fast.patches import align_selected, topk_patches
+from spa_fast.patches import align_selected, spa_scores, topk_patches
 from spa_fast.transport import SinkhornOutput, sinkhorn
 
 # Images whose patches are widened to fp32 at a time.
@@ -37,11 +37,13 @@ class Explanation(NamedTuple):
     Attributes:
         kept: [k] indices of the kept patches, best first.
         relevance: [N] best cosine of every patch to a description.
+        similarity: [k, M] cosines of the kept patches to the descriptions, as aligned.
         transport: plan [k, M] and what goes with it.
     """
 
     kept: Tensor
     relevance: Tensor
+    similarity: Tensor
     transport: SinkhornOutput
 
 
@@ -65,20 +67,41 @@ class LocalBranch:
     def scores(self, patches: Tensor, texts: ClassTexts, kept: Kept | None = None) -> Tensor:
         """Transport scores [B, C] of patches [B, N, D]; selects first where `kept` is not given."""
         config, patches = self.config, patches.float()
-        kept = kept or self.select(patches, texts)
+        if kept is None and config.marginals != "uniform":
+            kept = self.select(patches, texts)
+        if kept is None:
+            select: dict[str, Any] = {}
+            if config.selection_space == "frozen":
+                select = {"select_patches": patches, "select_tokens": texts.tokens}
+            return self._fused(patches, texts, config.k, **select)
         scores: Tensor = align_selected(
             self.visual(patches),
             self.textual(texts.tokens),
             kept.indices,
             weights=kept.weights,
             token_mask=texts.mask,
-            eps=config.eps,
-            max_iter=config.max_iter,
-            tol=config.tol,
-            solver=config.solver,
-            grad=config.grad,
+            **self._transport,
         )
         return scores
+
+    def _fused(self, patches: Tensor, texts: ClassTexts, k: int, **select: Any) -> Tensor:
+        """Selection and alignment in one call, equal weights."""
+        scores: Tensor = spa_scores(
+            self.visual(patches),
+            self.textual(texts.tokens),
+            k,
+            reduce=self.config.patch_score,
+            class_conditional=self.config.class_conditional,
+            token_mask=texts.mask,
+            **select,
+            **self._transport,
+        )
+        return scores
+
+    @property
+    def _transport(self) -> dict[str, Any]:
+        names = ("eps", "max_iter", "tol", "solver", "grad", "backend")
+        return {name: getattr(self.config, name) for name in names}
 
     @torch.no_grad()
     def select(self, patches: Rows, texts: ClassTexts) -> Kept:
@@ -97,6 +120,7 @@ class LocalBranch:
                     reduce=config.patch_score,
                     class_conditional=config.class_conditional,
                     token_mask=texts.mask,
+                    backend=config.backend,
                 )
             )
         indices = torch.cat([indices for _, indices in parts])
@@ -114,6 +138,7 @@ class LocalBranch:
             chosen = own.gather(1, kept[..., None].expand(-1, -1, own.shape[-1]))
             chosen = chosen.mean(1) if self.config.local_replay == "mean" else chosen.flatten(0, 1)
             self.replay.fit(chosen, torch.full((len(chosen),), label))
+        self.replay.freeze()
 
     def pseudo_scores(self, texts: ClassTexts, old: int) -> tuple[Tensor, Tensor]:
         """Scores [n, C] of pseudo-images, each a set of drawn patches (or one mean patch), and labels [n]."""
@@ -122,8 +147,8 @@ class LocalBranch:
         count = 0 if config.local_replay == "none" else config.local_pseudo_per_class * size
         drawn, targets = self.replay.draw(old, count, texts.tokens.shape[-1])
         patches = drawn.unflatten(0, (len(drawn) // size, size))
-        all_of_them = torch.arange(size).expand(len(patches), len(texts.tokens), size)
-        return self.scores(patches, texts, Kept(all_of_them, None)), targets[::size]
+        # All of them are kept: by which features they would be chosen does not matter.
+        return self._fused(patches, texts, size), targets[::size]
 
     @torch.no_grad()
     def explain(self, patches: Tensor, texts: ClassTexts, label: int) -> Explanation:
@@ -141,13 +166,19 @@ class LocalBranch:
         rows = kept.indices[0, 0]
         relevance = (F.normalize(patches, dim=-1) @ F.normalize(tokens, dim=-1).T).amax(-1)
         aligned = F.normalize(self.visual(patches[rows]), dim=-1)
-        cost = 1 - aligned @ F.normalize(self.textual(tokens), dim=-1).T
+        similarity = aligned @ F.normalize(self.textual(tokens), dim=-1).T
         weights = None if kept.weights is None else kept.weights[0, 0]
         transport = sinkhorn(
-            cost, weights, eps=config.eps, max_iter=config.max_iter, tol=config.tol, return_plan=True
+            1 - similarity,
+            weights,
+            eps=config.eps,
+            max_iter=config.max_iter,
+            tol=config.tol,
+            return_plan=True,
+            backend=config.backend,
         )
         assert isinstance(transport, SinkhornOutput)
-        return Explanation(rows, relevance, transport)
+        return Explanation(rows, relevance, similarity, transport)
 
     def _of_class(self, patches: Tensor, texts: ClassTexts, label: int) -> Kept:
         """What `select` keeps for one class, [B, 1, k]."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from spa_fast.bank import GaussianBank, Shrink
 from spa_fast.cil.config import SpaConfig
-from spa_fast.gaussian import GaussianBank
 
 
 class Replay:
@@ -23,11 +23,16 @@ class Replay:
     def __init__(self, config: SpaConfig, generator: torch.Generator) -> None:
         self.config = config
         self.generator = generator
-        self.bank = GaussianBank(covariance=config.covariance, ridge=config.ridge, shrink=config.shrink)
+        shrink: Shrink = "average" if config.shrink else "none"
+        self.bank = GaussianBank(covariance=config.covariance, ridge=config.ridge, shrink=shrink)
 
     def fit(self, features: Tensor, targets: Tensor) -> None:
         """Store the classes of features [n, D] with labels [n]."""
         self.bank.fit(features, targets)
+
+    def freeze(self) -> None:
+        """Keep of all classes stored so far what draws need, and no more: a label never comes back."""
+        self.bank.freeze()
 
     def draw(self, old: int, per_class: int, width: int) -> tuple[Tensor, Tensor]:
         """`per_class` features of each replayed class among labels 0..old-1: [n, width] and labels [n]."""

@@ -68,9 +68,11 @@ class Spa(Method):
         optimizer = self._optimizer(self._trainable() + decaying)
         schedule = self._schedule(optimizer)
         whole, patches = self._space(task.features.globals), task.features.patches
-        kept = (
-            self.local.select(patches, texts) if self.local and config.selection_space == "frozen" else None
-        )
+        # Weights of frozen choices are computed once; equal weights need no more than the fused call, which
+        # takes less time to choose anew than plain PyTorch to align what was chosen.
+        kept = None
+        if self.local and config.selection_space == "frozen" and config.marginals != "uniform":
+            kept = self.local.select(patches, texts)
         mean_loss = 0.0
         for epoch in range(config.epochs):
             batches = torch.randperm(len(whole), generator=self.generator).split(config.batch_size)
@@ -98,6 +100,7 @@ class Spa(Method):
         if not all(bool(p.isfinite().all()) for p in self._trainable()):
             raise RunError(f"task {task.index}: training diverged; lower --lr ({config.lr})")
         self.replay.fit(whole, task.targets)
+        self.replay.freeze()
         if self.local:
             self.local.remember(patches, task.targets, texts, task.labels)
         return {"loss": mean_loss}
