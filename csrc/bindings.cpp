@@ -178,9 +178,9 @@ void scores_backward(uintptr_t grad_score, const FeatureTuple& aligned, uintptr_
     spa_scores_bwd(args, threads, chosen);
 }
 
-GaussianArgs gaussian(uintptr_t mean, int mean_dtype, uintptr_t factor, int factor_dtype, int64_t factor_stride,
-                      uintptr_t diag, int64_t diag_stride, uintptr_t class_ids, uintptr_t seed, uintptr_t out, int kind,
-                      int64_t C, int64_t D, int64_t n, int64_t rank, int64_t first) {
+GaussianArgs gaussian(uintptr_t rows, uintptr_t mean, int mean_dtype, uintptr_t factor, int factor_dtype,
+                      int64_t factor_stride, uintptr_t diag, int64_t diag_stride, uintptr_t class_ids, uintptr_t seed,
+                      uintptr_t out, int kind, int64_t C, int64_t D, int64_t n, int64_t rank, int64_t first) {
     for (const int dtype : {mean_dtype, factor_dtype})
         if (dtype < 0 || dtype > 2)
             throw py::value_error("dtype: expected 0 (fp32), 1 (fp16) or 2 (bf16), got " + std::to_string(dtype));
@@ -192,6 +192,7 @@ GaussianArgs gaussian(uintptr_t mean, int mean_dtype, uintptr_t factor, int fact
             n,
             rank,
             first,
+            pointer<const int64_t>(rows),
             pointer<const void>(mean),
             static_cast<FloatType>(mean_dtype),
             pointer<const void>(factor),
@@ -228,10 +229,10 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
     py::class_<GaussianArgs>(module, "GaussianArgs", "A draw over raw pointers; csrc/gaussian.h has the contract.")
-        .def(py::init(&gaussian), py::kw_only(), py::arg("mean"), py::arg("mean_dtype"), py::arg("factor"),
-             py::arg("factor_dtype"), py::arg("factor_stride"), py::arg("diag"), py::arg("diag_stride"),
-             py::arg("class_ids"), py::arg("seed"), py::arg("out"), py::arg("kind"), py::arg("C"), py::arg("D"),
-             py::arg("n"), py::arg("rank"), py::arg("first"));
+        .def(py::init(&gaussian), py::kw_only(), py::arg("rows"), py::arg("mean"), py::arg("mean_dtype"),
+             py::arg("factor"), py::arg("factor_dtype"), py::arg("factor_stride"), py::arg("diag"),
+             py::arg("diag_stride"), py::arg("class_ids"), py::arg("seed"), py::arg("out"), py::arg("kind"),
+             py::arg("C"), py::arg("D"), py::arg("n"), py::arg("rank"), py::arg("first"));
     module.def(
         "sample_gaussian_cpu",
         [](const GaussianArgs& args, int threads, const std::string& isa) {

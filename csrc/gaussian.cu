@@ -58,21 +58,25 @@ __device__ inline void put4(void* to, FloatType type, int64_t i, int count, cons
     }
 }
 
+__device__ inline int64_t row_of(const GaussianArgs& args, int64_t c) {
+    return args.rows == nullptr ? c : args.rows[c];
+}
+
 __device__ inline uint64_t seed_of(const GaussianArgs& args) { return static_cast<uint64_t>(*args.seed); }
 
 // One thread: four dimensions of one sample.
 __global__ void __launch_bounds__(kThreads) diagonal(const GaussianArgs args) {
     const int64_t quads = (args.D + 3) / 4, item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (item >= args.C * args.n * quads) return;
-    const int64_t row = item / quads, c = row / args.n, d = item % quads * 4;
+    const int64_t row = item / quads, c = row / args.n, d = item % quads * 4, from = row_of(args, c);
     const int count = static_cast<int>(args.D - d < 4 ? args.D - d : 4);
     float x[4];
     normals<Scalar>(static_cast<uint32_t>(d / 4), static_cast<uint32_t>(args.first + row % args.n),
                     static_cast<uint32_t>(args.class_ids[c]), seed_of(args), x);
     for (int j = 0; j < 4; ++j)
         if (j < count)
-            x[j] = fmaf(get(args.factor, args.factor_type, c * args.factor_stride + d + j), x[j],
-                        get(args.mean, args.mean_type, c * args.D + d + j));
+            x[j] = fmaf(get(args.factor, args.factor_type, from * args.factor_stride + d + j), x[j],
+                        get(args.mean, args.mean_type, from * args.D + d + j));
     put4(args.out, args.mean_type, row * args.D + d, count, x);
 }
 
@@ -102,9 +106,9 @@ __global__ void __launch_bounds__(kThreads, Samples == 32 ? 2 : 3)
     const int D = static_cast<int>(args.D), rank = static_cast<int>(args.rank);
     const bool lowrank = args.kind == FactorKind::lowrank;
     const int group = blockIdx.x % groups;
-    const int64_t c = blockIdx.x / groups / tiles;
+    const int64_t c = blockIdx.x / groups / tiles, from = row_of(args, c);
     const int64_t sample = static_cast<int64_t>(blockIdx.x / groups % tiles) * Samples;
-    const S* const factor = static_cast<const S*>(args.factor) + c * args.factor_stride;
+    const S* const factor = static_cast<const S*>(args.factor) + from * args.factor_stride;
     const uint32_t class_id = static_cast<uint32_t>(args.class_ids[c]);
     const uint64_t seed = seed_of(args);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -155,11 +159,11 @@ __global__ void __launch_bounds__(kThreads, Samples == 32 ? 2 : 3)
 #pragma unroll
                 for (int r = 0; r < kOwn; r += kBatch) {
                     float x[kBatch];
-                    const float* from = columns + k * kPitch + r * kRowThreads + kBatch * row_thread;
+                    const float* chunk = columns + k * kPitch + r * kRowThreads + kBatch * row_thread;
                     if (kBatch == 4)
-                        *reinterpret_cast<float4*>(x) = *reinterpret_cast<const float4*>(from);
+                        *reinterpret_cast<float4*>(x) = *reinterpret_cast<const float4*>(chunk);
                     else
-                        x[0] = *from;
+                        x[0] = *chunk;
 #pragma unroll
                     for (int j = 0; j < kBatch; ++j) {
                         sum[r + j][0] = fmaf(x[j], y.x, sum[r + j][0]);
@@ -178,8 +182,9 @@ __global__ void __launch_bounds__(kThreads, Samples == 32 ? 2 : 3)
 #pragma unroll
             for (int j = 0; j < kBatch; ++j) {
                 const bool inside = j < count;
-                center[j] = inside ? get(args.mean, args.mean_type, c * D + d + j) : 0.0f;
-                spread[j] = inside && lowrank ? get(args.diag, args.factor_type, c * args.diag_stride + d + j) : 0.0f;
+                center[j] = inside ? get(args.mean, args.mean_type, from * D + d + j) : 0.0f;
+                spread[j] =
+                    inside && lowrank ? get(args.diag, args.factor_type, from * args.diag_stride + d + j) : 0.0f;
             }
 #pragma unroll
             for (int s = 0; s < 4; ++s) {

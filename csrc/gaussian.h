@@ -24,11 +24,13 @@ struct GaussianArgs {
     FactorKind kind;
     int64_t C, D, n, rank;
     int64_t first;  // 0 <= first, first + n <= 2^32
-    const void* mean;  // [C, D]
+    // Classes that a draw may read, by rows: class c's is rows[c], or c where rows is null.
+    const int64_t* rows;
+    const void* mean;  // [., D]
     FloatType mean_type;
     const void* factor;
     FloatType factor_type;
-    int64_t factor_stride;  // entries from a class to the next; 0 shares one factor
+    int64_t factor_stride;  // entries from a row to the next; 0 shares one factor
     const void* diag;       // lowrank only, in factor_type
     int64_t diag_stride;
     const int64_t* class_ids;  // [C], modulo 2^32

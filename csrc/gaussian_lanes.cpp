@@ -196,10 +196,15 @@ inline F get(const S* from, int64_t d, int64_t D) {
     return d + W <= D ? widen(from + d) : widen(from + d, D - d);
 }
 
+int64_t row_of(const GaussianArgs& args, int64_t c) {
+    return args.rows == nullptr ? c : args.rows[c];
+}
+
 template <class M, class S>
 void draw_diagonal(const GaussianArgs& args, int64_t c, int64_t start, int64_t stop, float* z, const Layout& layout) {
-    const M* mean = static_cast<const M*>(args.mean) + c * args.D;
-    const S* std = static_cast<const S*>(args.factor) + c * args.factor_stride;
+    const int64_t from = row_of(args, c);
+    const M* mean = static_cast<const M*>(args.mean) + from * args.D;
+    const S* std = static_cast<const S*>(args.factor) + from * args.factor_stride;
     M* out = static_cast<M*>(args.out) + (c * args.n + start) * args.D;
     for (int64_t i = start; i < stop; ++i, out += args.D) {
         fill_normals(static_cast<uint64_t>(*args.seed), args.class_ids[c], args.first + i, layout.normals, z);
@@ -212,10 +217,11 @@ template <class M, class S>
 void draw_product(const GaussianArgs& args, int64_t c, int64_t start, int64_t stop, float* z, const Layout& layout) {
     const int64_t D = args.D, count = stop - start, quads = round_up(count, kSamples);
     const bool lowrank = args.kind == FactorKind::lowrank;
-    const M* mean = static_cast<const M*>(args.mean) + c * D;
-    const S* factor = static_cast<const S*>(args.factor) + c * args.factor_stride;
+    const int64_t from = row_of(args, c);
+    const M* mean = static_cast<const M*>(args.mean) + from * D;
+    const S* factor = static_cast<const S*>(args.factor) + from * args.factor_stride;
     const S* end = factor + (lowrank ? D * args.rank : D * (D + 1) / 2);
-    const S* diag = static_cast<const S*>(args.diag) + (lowrank ? c * args.diag_stride : 0);
+    const S* diag = static_cast<const S*>(args.diag) + (lowrank ? from * args.diag_stride : 0);
     float* panel = z + layout.z_rows() * layout.z_stride;
     // The last three of a block that is no multiple of four only fill registers.
     for (int64_t i = 0; i < quads; ++i)

@@ -138,9 +138,13 @@ def check_tol(tol: float, name: str = "tol") -> None:
         )
 
 
+def check_integer(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+
+
 def check_k(k: int, patches: int | None = None) -> None:
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: expected an integer, got {type(k).__name__}")
+    check_integer("k", k)
     if patches is not None and not 1 <= k <= patches:
         raise ValueError(f"k: expected 1 <= k <= N = {patches} patches, got {k}")
     if k < 1:
@@ -148,8 +152,9 @@ def check_k(k: int, patches: int | None = None) -> None:
 
 
 def check_samples(n: int) -> None:
-    if n < 0:
-        raise ValueError(f"n: expected >= 0 samples per class, got {n}")
+    check_integer("n", n)
+    if not 0 <= n <= 1 << 32:
+        raise ValueError(f"n: expected 0 to 2^32 samples per class, got {n}")
 
 
 def check_class_ids(ids: Tensor) -> None:

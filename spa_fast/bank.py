@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,15 @@ from torch import Tensor
 from spa_fast._bank.class_moments import Moments, Shrink, of_rows
 from spa_fast._bank.factor_store import Factors, FactorStore
 from spa_fast._bank.moment_store import MomentStore, names
-from spa_fast._checks import check_choice, check_class_ids, check_float, check_samples, check_shape
+from spa_fast._checks import (
+    check_choice,
+    check_class_ids,
+    check_float,
+    check_integer,
+    check_samples,
+    check_shape,
+    check_tensor,
+)
 from spa_fast._ops.gaussian import sample_gaussian as draw_gaussian
 from spa_fast.gaussian import draw_seed
 from spa_fast.reference.gaussian import pack_tril
@@ -67,7 +76,8 @@ class GaussianBank:
         Memory of "full": the packed factor takes 2 D (D + 1) bytes a class in fp32 (53 MB for 100 classes of
         512), half of that in fp16; and until `freeze` the exact moments take 4 D (D + 1).
         A draw equals `sample_gaussian` with the labels as class ids; same seed, same machine, same bits. It
-        can be captured in a CUDA graph once the same classes have been drawn outside of one.
+        can be captured in a CUDA graph once the same classes have been drawn outside of one; the graph keeps
+        to the classes of its capture.
     """
 
     def __init__(
@@ -88,6 +98,7 @@ class GaussianBank:
             raise ValueError("shrink: 'ledoit_wolf' needs every class's scatter, got covariance 'shared'")
         if not (ridge > 0 and math.isfinite(ridge)):
             raise ValueError(f"ridge: expected a finite number > 0, got {ridge}")
+        check_integer("rank", rank)
         if rank < 1:
             raise ValueError(f"rank: expected >= 1, got {rank}")
         if dtype not in _DTYPES.values():
@@ -98,6 +109,8 @@ class GaussianBank:
         self.rank = rank
         self.dtype = dtype
         self.device = torch.device(device)
+        # What captured CUDA graphs read.
+        self._captured: list[object] = []
         self._reset(*self._empty())
 
     @classmethod
@@ -119,12 +132,16 @@ class GaussianBank:
         bank = cls(**settings)
         if bank.shrink == "ledoit_wolf":
             raise ValueError("shrink: 'ledoit_wolf' needs the data: call fit")
+        check_float("mean", mean)
+        check_float("cov", cov)
         check_shape("mean", mean, "[C, D]", (None, None))
         C, D = mean.shape
+        if D == 0:
+            raise ValueError(f"mean: expected at least one column, got {list(mean.shape)}")
         if not (bank.covariance == "diag" and cov.shape == (C, D)):
-            check_shape("cov", cov, f"[{C}, {D}, {D}]", (C, D, D))
-        ids = list(range(C)) if class_ids is None else [int(c) for c in class_ids]
-        counts = [2] * C if count is None else [int(n) for n in count]
+            check_shape("cov", cov, "[C, D, D]", (C, D, D))
+        ids = list(range(C)) if class_ids is None else _integers("class_ids", class_ids)
+        counts = [2] * C if count is None else _integers("count", count)
         check_class_ids(torch.tensor(ids))
         if len(ids) != C or len(set(ids)) != C:
             raise ValueError(f"class_ids: expected {C} distinct ids, got {ids}")
@@ -136,6 +153,8 @@ class GaussianBank:
             _check_moments(c, mean[row], spread)
             if bank.covariance == "diag":
                 scatter = spread if spread.dim() == 1 else spread.diagonal()
+                if bool((scatter < 0).any()):
+                    raise ValueError(f"class {c}: expected variances >= 0, got {float(scatter.min()):.3g}")
             else:
                 scatter = pack_tril((spread + spread.T) / 2)
             bank._add(c, Moments(n, mean[row].clone(), scatter * (n - 1), None))
@@ -162,9 +181,10 @@ class GaussianBank:
         if 0 in features.shape:
             raise ValueError(f"features: expected at least one row and column, got {list(features.shape)}")
         self._moments.check_width(features.shape[1])
+        check_tensor("labels", labels)
         if labels.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"labels: expected int64 or int32, got {labels.dtype}")
-        check_shape("labels", labels, f"[{features.shape[0]}]", (features.shape[0],))
+        check_shape("labels", labels, "[n]", (features.shape[0],))
         features, labels = features.detach().cpu(), labels.cpu()
         check_class_ids(labels)
         bad = ~(torch.linalg.vector_norm(features, dim=1, dtype=torch.float64) < _LARGEST)
@@ -231,18 +251,19 @@ class GaussianBank:
         Args:
             n: >= 0.
             classes: class ids, default all, ascending. A class's draws do not depend on the others.
-            generator: one 64-bit seed is drawn from it; None is the default generator of the bank's device.
+            generator: one seed is drawn from it; None is the default generator of the bank's device.
         """
         check_samples(n)
         ids = self._known(classes)
-        mean, parts, scale, scaled = self._factors()
-        index, labels = self._select(ids)
-        factor = parts[0] if self.covariance == "shared" else parts[0][index]
-        diag = parts[1][index] if self.covariance == "lowrank" else None
+        mean, parts, scale, scaled = factors = self._factors()
+        rows, labels = selected = self._select(ids)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured += [factors, selected]
+        diag = parts[1] if self.covariance == "lowrank" else None
         seed, kind = draw_seed(generator, self.device), _KINDS[self.covariance]
-        draw: Tensor = draw_gaussian(mean[index], factor, diag, labels, seed, n, 0, kind, "auto")
+        draw: Tensor = draw_gaussian(mean, parts[0], diag, labels, seed, n, 0, kind, "auto", rows)
         if scaled:
-            draw *= scale[index][:, None, None]
+            draw *= scale[rows][:, None, None]
         return draw.flatten(0, 1), labels[:, None].expand(-1, n).flatten()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -307,7 +328,7 @@ class GaussianBank:
         self._stale = set(moments.stats) - moments.frozen
         self._warned: set[int] = set()
         # Classes last drawn, their rows and labels.
-        self._selected: tuple[list[int], slice | Tensor, Tensor] | None = None
+        self._selected: tuple[list[int], Tensor, Tensor] | None = None
 
     def _add(self, c: int, m: Moments) -> None:
         self._moments.add(c, m)
@@ -318,7 +339,7 @@ class GaussianBank:
             raise ValueError("the bank is empty: call fit first")
         if classes is None:
             return self.class_ids
-        ids = [int(c) for c in classes]
+        ids = _integers("classes", classes)
         unknown = set(ids) - self._moments.stats.keys()
         if unknown:
             raise ValueError(f"classes: the bank holds no class {names(unknown)}")
@@ -347,24 +368,26 @@ class GaussianBank:
         self._stale, self._selected = set(), None
         return factors
 
-    def _select(self, ids: list[int]) -> tuple[slice | Tensor, Tensor]:
-        """Rows of classes and their labels [C] on the device."""
+    def _select(self, ids: list[int]) -> tuple[Tensor, Tensor]:
+        """Rows of classes and their labels, int64 [C] on the device."""
         if self._selected is None or self._selected[0] != ids:
             rows = [self._store.rows[c] for c in ids]
-            first = rows[0] if rows else 0
-            # A slice reads the factors in place; a list copies those it names.
-            consecutive = rows == list(range(first, first + len(rows)))
-            index = slice(first, first + len(rows)) if consecutive else torch.tensor(rows, device=self.device)
-            self._selected = (ids, index, torch.tensor(ids, dtype=torch.int64, device=self.device))
+            table = torch.tensor([rows, ids], dtype=torch.int64, device=self.device)
+            self._selected = (ids, table[0], table[1])
         return self._selected[1:]
+
+
+def _integers(name: str, values: Iterable[int]) -> list[int]:
+    try:
+        return [operator.index(x) for x in values]
+    except TypeError as error:
+        raise TypeError(f"{name}: expected integers: {error}") from None
 
 
 def _check_moments(c: int, mean: Tensor, cov: Tensor) -> None:
     if not bool(mean.isfinite().all() & cov.isfinite().all()):
         raise ValueError(f"class {c}: expected a finite mean and covariance")
     if cov.dim() == 1:
-        if bool((cov < 0).any()):
-            raise ValueError(f"class {c}: expected variances >= 0, got {float(cov.min()):.3g}")
         return
     # Rounding of a covariance computed in half precision stays below 1e-3 of its largest entry.
     gap, largest = float((cov - cov.T).abs().max()), float(cov.abs().max())

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spa_fast._checks import check_class_ids, check_float, check_like, check_samples, check_shape
+from spa_fast._checks import (
+    check_class_ids,
+    check_float,
+    check_integer,
+    check_like,
+    check_samples,
+    check_shape,
+    check_tensor,
+)
 from spa_fast._ops.gaussian import sample_gaussian as draw_gaussian
 from spa_fast.reference.gaussian import Factor, pack_tril
 
@@ -44,7 +52,7 @@ def sample_gaussian(
 
     Raises:
         ValueError: shapes or devices that do not fit, n < 0, seed or class id out of range.
-        TypeError: a dtype outside the list.
+        TypeError: a dtype outside the list, n or seed not an integer.
         RuntimeError: the backend cannot run this.
 
     Notes:
@@ -56,17 +64,19 @@ def sample_gaussian(
     _check_factor(factor, mean)
     check_samples(n)
     ids = torch.arange(C, device=mean.device) if class_ids is None else class_ids
+    check_tensor("class_ids", ids)
     if ids.dtype != torch.int64:
         raise TypeError(f"class_ids: expected int64, got {ids.dtype}")
-    check_shape("class_ids", ids, f"[{C}]", (C,))
+    check_shape("class_ids", ids, "[C]", (C,))
     check_like("class_ids", ids, "mean", mean, dtype=False)
     check_class_ids(ids)
     if seed is None:
         drawn = draw_seed(generator, mean.device)
-    elif 0 <= seed < 1 << 64:
-        drawn = torch.tensor([seed - (seed >> 63 << 64)], device=mean.device)
     else:
-        raise ValueError(f"seed: expected 0 <= seed < 2^64, got {seed}")
+        check_integer("seed", seed)
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed: expected 0 <= seed < 2^64, got {seed}")
+        drawn = torch.tensor([seed - (seed >> 63 << 64)], device=mean.device)
     diag = None
     if isinstance(factor, tuple):
         kind, (factor, diag) = "lowrank", factor

@@ -112,7 +112,7 @@ struct Case {
     bool shared = false;
     int threads = 1;
     std::vector<float> mean, factor, diag;
-    std::vector<int64_t> ids;
+    std::vector<int64_t> ids, rows;
     int64_t seed = 0x123456789abcdef;
 
     Case(FactorKind kind_, int64_t C_, int64_t D_, int64_t n_, int64_t rank_ = 0, bool shared_ = false)
@@ -132,8 +132,16 @@ struct Case {
         return kind == FactorKind::tril ? D * (D + 1) / 2 : kind == FactorKind::diag ? D : D * rank;
     }
     GaussianArgs arguments(void* out) const {
-        return {kind,          C,   D, n, rank, first, mean.data(), FloatType::f32, factor.data(), FloatType::f32,
-                shared ? 0 : per_class(), diag.data(), shared ? 0 : D, ids.data(), &seed, out};
+        const int64_t* from = rows.empty() ? nullptr : rows.data();
+        return {kind,           C,
+                D,              n,
+                rank,           first,
+                from,           mean.data(),
+                FloatType::f32, factor.data(),
+                FloatType::f32, shared ? 0 : per_class(),
+                diag.data(),    shared ? 0 : D,
+                ids.data(),     &seed,
+                out};
     }
     std::vector<float> draw(Isa isa) const {
         std::vector<float> out(C * n * D, kNan);
@@ -213,6 +221,14 @@ void test_independence(Isa isa) {
         for (const int64_t D : {5, 130}) {
             Case whole(kind, 3, D, 37, 6);
             const std::vector<float> want = whole.draw(isa);
+            Case picked = whole;  // its classes 2, 0, 0 and 1, read where they lie
+            picked.C = 4, picked.rows = {2, 0, 0, 1}, picked.ids.clear();
+            for (const int64_t row : picked.rows) picked.ids.push_back(whole.ids[row]);
+            const std::vector<float> rows = picked.draw(isa);
+            for (int64_t c = 0; c < 4; ++c)
+                CHECK(std::equal(want.begin() + picked.rows[c] * 37 * D, want.begin() + (picked.rows[c] + 1) * 37 * D,
+                                 rows.begin() + c * 37 * D),
+                      "%s: kind %d row %d", isa_name(isa), static_cast<int>(kind), static_cast<int>(picked.rows[c]));
             whole.threads = 5;
             CHECK(whole.draw(isa) == want, "%s: threads", isa_name(isa));
             for (const int64_t n : {1, 3, 4, 6, 30})

@@ -126,7 +126,7 @@ class MomentStore:
             raise ValueError(f"state: expected the keys {sorted(keys)}, got {sorted(state)}")
         state = {name: x.detach().cpu() for name, x in state.items()}
         C, D = state["mean"].shape if state["mean"].dim() == 2 else (-1, -1)
-        F = len(state["frozen"]) if "frozen" in state else 0
+        F = state["frozen"].numel() if "frozen" in state else 0
         shapes = {
             "class_ids": (C,),
             "count": (C,),

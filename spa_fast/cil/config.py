@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from spa_fast.bank import Covariance, GaussianBank, Shrink
 from spa_fast.cil.backbone import PatchSource
 from spa_fast.cil.descriptions.select import Selection
 from spa_fast.cil.errors import RunError, did_you_mean
@@ -88,10 +89,11 @@ class SpaConfig:
     # Gaussian pseudo-features
     statistics: Literal["raw", "normalized"] = "raw"
     """Space in which class Gaussians are fitted: joint features as they are, or at norm 1."""
-    covariance: Literal["full", "diag", "lowrank", "shared"] = "full"
+    covariance: Covariance = "full"
     """Form of the class covariances."""
-    shrink: bool = False
-    """Add the average variance to the diagonal and the average covariance to the rest."""
+    shrink: Shrink = "none"
+    """Shrinkage of the class covariances: none, average (adds the mean variance to the diagonal and the mean
+    covariance to the rest), or the estimators of Ledoit and Wolf or OAS."""
     ridge: float = 1e-4
     """Constant added to the diagonal of every covariance."""
     pseudo_per_class: int = 4
@@ -135,6 +137,10 @@ class SpaConfig:
         for name in ("eps", "lr", "ridge", "isotropic_std"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise RunError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        try:
+            GaussianBank(covariance=self.covariance, ridge=self.ridge, shrink=self.shrink)
+        except ValueError as error:
+            raise RunError(str(error)) from error
         if "{description}" not in self.description_template:
             got = self.description_template
             raise RunError(f"description_template: expected '{{description}}' in it, got {got!r}")
@@ -148,12 +154,14 @@ class SpaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SpaConfig:
-        """Build from a mapping, for example a run's stored config.
+        """Build from a mapping, for example a run's stored config; `shrink` was once True or False.
 
         Raises:
             RunError: unknown key, wrong type or value out of range.
         """
         check_keys(cls, values)
+        if isinstance(values.get("shrink"), bool):
+            values = {**values, "shrink": "average" if values["shrink"] else "none"}
         return cls(**values)
 
 

@@ -16,6 +16,11 @@ def test_unknown_key_gets_a_hint():
         SpaConfig.from_dict({"epz": 0.1})
 
 
+@pytest.mark.parametrize(("stored", "shrink"), [(True, "average"), (False, "none"), ("oas", "oas")])
+def test_shrink_as_it_was_once_stored(stored, shrink):
+    assert SpaConfig.from_dict({"shrink": stored}).shrink == shrink
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -30,6 +35,8 @@ def test_unknown_key_gets_a_hint():
         ({"max_iter": 0}, "max_iter"),
         ({"solver": "sinkhron"}, "solver: expected one of sinkhorn"),
         ({"patch_source": "somewhere"}, "patch_source"),
+        ({"shrink": "ledoit-wolf"}, "did you mean 'ledoit_wolf'"),
+        ({"shrink": "oas", "covariance": "diag"}, "shrink: 'oas' needs all covariances"),
         ({"lr": "fast"}, "lr: expected a number"),
         ({"class_conditional": 1}, "class_conditional"),
         ({"description_template": "{name}"}, "description_template"),

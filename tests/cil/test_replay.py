@@ -1,5 +1,7 @@
 """What training keeps of old classes: bounded, and drawn alike after a checkpoint."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -23,8 +25,14 @@ def test_a_finished_task_leaves_its_factors_only():
     assert state["factor_0"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("covariance", ["full", "diag", "lowrank", "shared"])
-@pytest.mark.parametrize("shrink", [False, True])
+@pytest.mark.parametrize(
+    ("covariance", "shrink"),
+    [
+        *itertools.product(["full", "diag", "lowrank", "shared"], ["none", "average"]),
+        ("full", "ledoit_wolf"),
+        ("shared", "oas"),
+    ],
+)
 def test_a_restored_replay_draws_the_same_bits_and_goes_on(covariance, shrink):
     config = SpaConfig(covariance=covariance, shrink=shrink)
     replay = filled(config)

@@ -36,6 +36,7 @@ def arguments(
         return 0 if x is None or x.shape[0] == 1 else x.stride(0)
 
     return _C.GaussianArgs(
+        rows=0,
         mean=mean.data_ptr(),
         mean_dtype=DTYPES[mean.dtype],
         factor=factor.data_ptr(),

@@ -394,6 +394,14 @@ def test_from_moments_refuses_by_class():
         change(cov[1])
         with pytest.raises(ValueError, match=f"class 9: .*{message}"):
             GaussianBank.from_moments(mean, cov, class_ids=[4, 9])
+    cov = good.clone()
+    cov[1, 2, 2] = -1
+    with pytest.raises(ValueError, match=r"class 9: .*variances >= 0, got -1"):
+        GaussianBank.from_moments(mean, cov, class_ids=[4, 9], covariance="diag")
+    with pytest.raises(ValueError, match="column"):
+        GaussianBank.from_moments(mean[:, :0], good[:, :0, :0])
+    with pytest.raises(TypeError, match="mean"):
+        GaussianBank.from_moments(mean.to(torch.complex64), good)
     with pytest.raises(ValueError, match=r"class 1: .*variances"):
         GaussianBank.from_moments(mean, torch.tensor([[1.0, 1, 1], [1, -1, 1]]), covariance="diag")
     with pytest.raises(ValueError, match="cov: expected"):
@@ -424,6 +432,8 @@ def test_bad_features_are_refused_and_change_nothing():
         bank.fit(features, labels.float())
     with pytest.raises(ValueError, match="class ids"):
         bank.fit(features, labels - 1)
+    with pytest.raises(TypeError, match="labels"):
+        bank.fit(features, labels.tolist())
     with pytest.raises(TypeError, match="features"):
         bank.fit(features.long(), labels)
     with pytest.raises(ValueError, match="covariance"):
@@ -457,7 +467,17 @@ def test_bad_settings_and_draws_are_refused():
             GaussianBank(**settings)
     with pytest.raises(TypeError, match="dtype"):
         GaussianBank(dtype=torch.float64)
+    with pytest.raises(TypeError, match="rank"):
+        GaussianBank(rank=2.5)
     bank = fitted()
+    for n in (2.5, "4", None):
+        with pytest.raises(TypeError, match="n: expected an integer"):
+            bank.sample(n)
+    with pytest.raises(ValueError, match=r"n: expected 0 to 2\^32"):
+        bank.sample(10**30)
+    for classes in ([1.5], 2, ["a"]):
+        with pytest.raises(TypeError, match="classes: expected integers"):
+            bank.sample(1, classes)
     with pytest.raises(ValueError, match="n: expected"):
         bank.sample(-1)
     with pytest.raises(ValueError, match="no class 5, 8"):
@@ -495,6 +515,7 @@ def test_bad_states_and_files_are_refused(tmp_path):
         {"frozen": frozen["frozen"].flip(0)},
         {"frozen": frozen["frozen"] + 1},
         {"frozen": frozen["frozen"][:2]},
+        {"frozen": torch.tensor(1)},
         {"released": frozen["released"][:2]},
         {"factor_0": frozen["factor_0"][:2]},
         {"factor_0": frozen["factor_0"] * torch.nan},

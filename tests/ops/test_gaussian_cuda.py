@@ -89,6 +89,7 @@ def test_a_draw_depends_on_nothing_else(kind, D):
     some = torch.tensor([41, 3], device="cuda")
     rows = (mean[some], factor[some], None if diag is None else diag[some], ids[some])
     assert torch.equal(op(*rows, seed, 70, 0, kind, "native"), whole[some])
+    assert torch.equal(op(mean, factor, diag, ids[some], seed, 70, 0, kind, "native", some), whole[some])
 
 
 def test_graph_replays_draw_anew():

@@ -92,6 +92,9 @@ def test_refusals():
     for seed in (-1, 1 << 64):
         with pytest.raises(ValueError, match="seed: expected"):
             sample_gaussian(mean, tril, 1, seed=seed)
+    for name, bad in (("n", {"n": 1.5}), ("seed", {"seed": 1.5}), ("class_ids", {"class_ids": [0, 1, 2]})):
+        with pytest.raises(TypeError, match=f"{name}: expected"):
+            sample_gaussian(mean, tril, **{"n": 1, "seed": 0, **bad})
     with pytest.raises(TypeError, match="class_ids"):
         sample_gaussian(mean, tril, 1, seed=0, class_ids=torch.ones(3))
     with pytest.raises(ValueError, match="class_ids"):
@@ -133,6 +136,25 @@ def test_op_takes_any_strides(backend, kind):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_op_reads_rows_where_they_lie(backend, kind, shared):
+    mean, factor, diag, _, seed = operands(kind, C=4, shared=shared)
+    rows, ids = torch.tensor([3, 0, 3, 1, 2]), torch.tensor([8, 1, 5, 0, (1 << 32) - 1])
+
+    def picked(x):
+        return x if x is None or x.shape[0] == 1 else x[rows]
+
+    want = op(mean[rows], picked(factor), picked(diag), ids, seed, 6, 2, kind, backend)
+    got = op(mean, factor, diag, ids, seed, 6, 2, kind, backend, rows)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    apart = torch.stack([rows, rows], 1)[:, 0]
+    assert torch.equal(op(mean, factor, diag, ids, seed, 6, 2, kind, backend, apart), got)
+    none = op(mean, factor, diag, ids[:0], seed, 6, 2, kind, backend, rows[:0])
+    assert none.shape == (0, 6, 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_op_without_a_factor_left(backend):
     mean, _, diag, ids, seed = operands("lowrank")
     got = op(mean, torch.zeros(3, 5, 0), diag, ids, seed, 4, 0, "lowrank", backend)
@@ -146,6 +168,7 @@ def test_op_without_a_factor_left(backend):
 def test_opcheck(kind):
     for backend in ("auto", "reference"):
         torch.library.opcheck(op, (*operands(kind), 4, 0, kind, backend))
+        torch.library.opcheck(op, (*operands(kind), 4, 0, kind, backend, torch.tensor([2, 0, 2])))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,9 +192,18 @@ def test_op_refusals():
     mean, factor, _, ids, seed = operands("tril")
 
     def draw(
-        mean=mean, factor=factor, diag=None, ids=ids, seed=seed, n=2, first=0, kind="tril", backend="auto"
+        mean=mean,
+        factor=factor,
+        diag=None,
+        ids=ids,
+        seed=seed,
+        n=2,
+        first=0,
+        kind="tril",
+        backend="auto",
+        rows=None,
     ):
-        return op(mean, factor, diag, ids, seed, n, first, kind, backend)
+        return op(mean, factor, diag, ids, seed, n, first, kind, backend, rows)
 
     cases = [
         ({"kind": "full"}, "kind"),
@@ -187,6 +219,10 @@ def test_op_refusals():
         ({"ids": ids.int()}, "class_ids"),
         ({"seed": torch.tensor(3)}, "seed"),
         ({"seed": torch.tensor([3.0])}, "seed"),
+        ({"rows": torch.tensor([0, 1, 3])}, "rows: expected 0 <= row < 3, got 0 to 3"),
+        ({"rows": torch.tensor([0, 1, -1])}, "rows"),
+        ({"rows": torch.tensor([0, 1])}, "rows"),
+        ({"rows": torch.zeros(3)}, "rows"),
         ({"n": -1}, "n, first"),
         ({"first": -1}, "n, first"),
         ({"first": (1 << 32) - 1}, "n, first"),

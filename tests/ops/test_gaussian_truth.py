@@ -207,3 +207,9 @@ def test_a_captured_graph_draws_anew(kind):
     assert labels.tolist() == [1] * 4 + [2] * 4 + [5] * 4
     torch.cuda.manual_seed(0)
     assert torch.equal(bank.sample(4, classes)[0], first)
+    bank.sample(4, [7])
+    bank.fit(torch.randn(30, 32), torch.full((30,), 9))
+    bank.sample(4)
+    torch.cuda.manual_seed(0)
+    graph.replay()
+    assert torch.equal(x, first)

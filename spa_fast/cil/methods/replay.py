@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spa_fast.bank import GaussianBank, Shrink
+from spa_fast.bank import GaussianBank
 from spa_fast.cil.config import SpaConfig
 
 
@@ -23,8 +23,7 @@ class Replay:
     def __init__(self, config: SpaConfig, generator: torch.Generator) -> None:
         self.config = config
         self.generator = generator
-        shrink: Shrink = "average" if config.shrink else "none"
-        self.bank = GaussianBank(covariance=config.covariance, ridge=config.ridge, shrink=shrink)
+        self.bank = GaussianBank(covariance=config.covariance, ridge=config.ridge, shrink=config.shrink)
 
     def fit(self, features: Tensor, targets: Tensor) -> None:
         """Store the classes of features [n, D] with labels [n]."""
