@@ -104,6 +104,7 @@ def shares(spa: Spa, run: Callable[[Stages], Any], monkeypatch: pytest.MonkeyPat
         for name, stage in (
             ("spa_scores", "selection and alignment"),
             ("align_selected", "alignment"),
+            ("sinkhorn_align", "alignment"),
             ("topk_patches", "selection"),
         ):
             patch.setattr(local_branch, name, stages.within(stage, getattr(local_branch, name)))

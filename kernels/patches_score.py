@@ -16,8 +16,8 @@ from .sinkhorn import _max, _scaling_loop, _sum, sinkhorn_fwd
 
 # Costs 1 - cos span 2: from this eps on e^(-cost / eps) and both scalings are normal fp32 numbers.
 MIN_FUSED_EPS = 2 / 80
-# f and g are good to 5e-7 eps, and the fused value is made of them.
-MAX_FUSED_VALUE_EPS = 1.0
+# f and g are good to 5e-7 eps: beyond, `sinkhorn_fwd` finds them more exactly.
+MAX_FUSED_EPS = 1.0
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def spa_scores_fwd(
         value: score is the regularised value of the transport instead of <P, cos>.
         config: launch geometry; None takes the default for N, k, M and the dtype. One launch does all where
             `aligned` is positive, every class chooses by itself and eps is in the range of the fused kernel
-            (MIN_FUSED_EPS, MAX_FUSED_VALUE_EPS); else one selects, one writes the kept cosines
+            (MIN_FUSED_EPS to MAX_FUSED_EPS); else one selects, one writes the kept cosines
             [B * C, k, M] and one solves.
 
     Returns:
@@ -161,7 +161,7 @@ def spa_scores_fwd(
     config = config or default_scores(
         N, k, M, by_M, max(patches.element_size(), select_patches.element_size())
     )
-    fits = eps >= MIN_FUSED_EPS and not (value and eps > MAX_FUSED_VALUE_EPS)
+    fits = MIN_FUSED_EPS <= eps <= MAX_FUSED_EPS
     if not (config.aligned and fits and class_conditional):
         indices = topk_patches_fwd(
             select_patches, select_tokens, patch_mask, select_token_mask, k, reduce, class_conditional

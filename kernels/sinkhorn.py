@@ -15,6 +15,8 @@ from .sinkhorn_stream import _sinkhorn_stream_kernel
 
 # Up to range/eps = 80 kernel entries and both scalings stay within e^-80 and e^80: normal fp32 numbers.
 _WIDE = tl.constexpr(80 * math.log2(math.e))
+# max|C| / eps below which f and g, which that space gives to eps 5e-7, are wanted more exactly.
+_FLAT = tl.constexpr(math.log2(math.e) / 8)
 
 
 @triton.jit
@@ -28,8 +30,23 @@ def _max(x, registers: tl.constexpr, lanes: tl.constexpr):
 
 
 @triton.jit
-def _softmin2(z, weight, registers: tl.constexpr, lanes: tl.constexpr):
-    """-log2 sum(weight 2^z); 0 where no entry is finite."""
+def _flat_softmin2(z, weight, registers: tl.constexpr, lanes: tl.constexpr):
+    """-log2 sum(weight 2^z) for |z| <= 0.4 and weights that sum to 1, to 1e-7 of the largest |z|: 2^z - 1 and
+    log(1 + x) by their series.
+    """
+    x = tl.maximum(z, -1.0) * 0.6931471805599453
+    power = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
+    x = _sum(weight * power, registers, lanes)
+    t = x / (2 + x)
+    s = t * t
+    return -2.8853900817779268 * t * (1 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s / 9))))
+
+
+@triton.jit
+def _softmin2(z, weight, registers: tl.constexpr, lanes: tl.constexpr, FLAT: tl.constexpr):
+    """-log2 sum(weight 2^z); 0 where no entry is finite. FLAT: as `_flat_softmin2`."""
+    if FLAT:
+        return _flat_softmin2(z, weight, registers, lanes)
     top = _max(z, registers, lanes)
     top = tl.where(top == float("-inf"), 0.0, top)
     total = _sum(weight * tl.exp2(z - top), registers, lanes)
@@ -75,17 +92,16 @@ def _scaling_loop(tile, a, b, todo, max_iter, tol):
 
 
 @triton.jit
-def _log_loop(tile, a, b, todo, f, g, n, error, max_iter, tol):
+def _log_loop(tile, a, b, todo, f, g, mass, n, error, max_iter, tol, FLAT: tl.constexpr):
     """Iterations on tile = L for the problems to do; what the others hold passes through. Returns the plan's
     row sums after f and g.
     """
     live_a = tl.where(_max(tile, 1, 4) > float("-inf"), a, 0.0)
-    f_next = _softmin2(tile, b, 1, 4)
-    mass = a
+    f_next = _softmin2(tile, b, 1, 4, FLAT)
     while _any(todo, tile):
         f = tl.where(todo, f_next, f)
-        g = tl.where(todo, _softmin2(tile + f, a, 0, 3), g)
-        f_next = tl.where(todo, _softmin2(tile + g, b, 1, 4), f_next)
+        g = tl.where(todo, _softmin2(tile + f, a, 0, 3, FLAT), g)
+        f_next = tl.where(todo, _softmin2(tile + g, b, 1, 4, FLAT), f_next)
         # A row never holds more than all mass; only rounding at a huge range/eps says otherwise.
         mass = tl.where(todo, tl.minimum(live_a * tl.exp2(f - f_next), 1.0), mass)
         error = tl.where(todo, _sum(tl.abs(mass - a), 0, 3), error)
@@ -107,7 +123,8 @@ def _sinkhorn_fwd_kernel(
     BLOCK_P, LANES_K, LANES_M]: the compiler spreads the last axes over lanes and warps, the first two stay in
     a thread (m_stride = 1 comes at run time so that contiguity does not decide otherwise). The tile holds 2^L
     with L = (row minimum - C) log2(e)/eps; an iteration is two matrix-vector products. Problems where some
-    L < -80 log2(e), or a pair is forbidden, hold L itself and take log2 sums. Neighbours never change a bit.
+    L < -80 log2(e), or a pair is forbidden, hold L itself and take log2 sums, and so do those where eps > 8
+    max|C|: from sums near 1 their logarithms would lose the potentials. Neighbours never change a bit.
     Where unit = -1 what is stored is 1 - C, and C stands for C - 1 up to the last lines.
     """
     first = offset(tl.program_id(0), BLOCK_P)
@@ -131,21 +148,25 @@ def _sinkhorn_fwd_kernel(
     nan = _max(-shift, 0, 3) == float("inf")
     shift = tl.where(tl.abs(shift) == float("inf"), -above, shift)
     tile = tl.where(active, (shift - cost) * to_log2, 0.0)
-    wide = _max(_max(-tile, 1, 4), 0, 3) > _WIDE
+    span = _max(_max(-tile, 1, 4), 0, 3)
+    wide = span > _WIDE
+    largest = tl.maximum(_max(tl.where(a > 0, tl.abs(shift), 0.0), 0, 3), above)
+    flat = span + largest * to_log2 < _FLAT
     live = (_max(a, 0, 3) > 0) & (_max(b, 1, 4) > 0) & (nan == 0)
 
     tile = tl.exp2(tile)
-    row_sum, col_sum, n, error = _scaling_loop(tile, a, b, live & (wide == 0), max_iter, tol)
+    row_sum, col_sum, n, error = _scaling_loop(tile, a, b, live & ((wide | flat) == 0), max_iter, tol)
     f = -tl.log2(row_sum)
     g = -tl.log2(col_sum)
-    cost = load_cost(at, active & (wide == 0), unit)
+    cost = load_cost(at, active & ((wide | flat) == 0), unit)
     ratio = tile * _reciprocal(row_sum) * _reciprocal(col_sum)
     score = _sum(_sum(score_entries(ratio, a * b, cost, eps, unit, VALUE), 1, 4), 0, 3)
 
-    todo = live & wide
+    todo = live & (wide | flat)
     if _any(todo, tile):
-        tile = (shift - load_cost(at, active & wide, unit)) * to_log2
-        f, g, mass, n, error = _log_loop(tile, a, b, todo, f, g, n, error, max_iter, tol)
+        tile = (shift - load_cost(at, active & todo, unit)) * to_log2
+        f, g, mass, n, error = _log_loop(tile, a, b, live & wide, f, g, a, n, error, max_iter, tol, False)
+        f, g, mass, n, error = _log_loop(tile, a, b, live & flat, f, g, mass, n, error, max_iter, tol, True)
         ratio = tl.minimum(tl.exp2(tile + f + g), 1 / tl.where(a > 0, a, 1.0))
         cost = shift - tile * from_log2
         found = _sum(_sum(score_entries(ratio, a * b, cost, eps, unit, VALUE), 1, 4), 0, 3)
@@ -156,7 +177,7 @@ def _sinkhorn_fwd_kernel(
             dual -= eps * excess
             # Exact columns leave <P, f + g> + eps (mass - sum P), known to eps 2^-22 whatever range/eps.
             found = tl.where(tl.abs(dual) > eps, dual, found)
-        score = tl.where(wide, found, score)
+        score = tl.where(todo, found, score)
 
     f = tl.where(live & (a > 0), shift + above + f * from_log2, 0.0)
     g = tl.where(live & (b > 0), g * from_log2, 0.0)
@@ -183,7 +204,8 @@ def sinkhorn_fwd(
     Args:
         cost: [P, K, M], or [B, K, C, M] with problem b * C + c at cost[b, :, c]; fp16, bf16 or fp32,
             contiguous; +inf forbids a pair.
-        a, b: [P or 1, K] and [P or 1, M] fp32, contiguous, >= 0; a zero takes its row or column out.
+        a, b: [P or 1, K] and [P or 1, M] fp32, contiguous, >= 0, each row of sum 1 or 0; a zero takes its row
+            or column out.
         eps: regularisation > 0 in units of cost.
         max_iter: iterations at most, >= 1.
         tol: stop at marginal_error <= tol; 0 runs exactly max_iter iterations.

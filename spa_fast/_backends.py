@@ -47,20 +47,21 @@ def resolve(backend: str, cost: Tensor) -> str:
     return _resolve(backend, cost, {"K": (K, MAX_SIDE), "M": (M, MAX_SIDE)})
 
 
-def resolve_patches(backend: str, features: Sequence[Tensor], k: int) -> str:
-    """The backend that keeps k of N patches by classes of M tokens; rules and errors of `resolve`.
+def resolve_patches(backend: str, features: Sequence[Tensor], k: int | None = None) -> str:
+    """The backend that keeps some of N patches by classes of M tokens; rules and errors of `resolve`.
 
-        device | dtype            | sides                        | backend
+        device | dtype            | sides                         | backend
         cuda   | fp16, bf16, fp32 | N <= 1024, M <= 256, k <= 256 | triton
         cpu    | fp16, bf16, fp32 | N <= 1024, M <= 256, k <= 256 | native
-        any    | any float        | any                          | reference
+        any    | any float        | any                           | reference
 
     Args:
         features: patches [B, N, D] and tokens [C, M, D], and so on where two spaces take part.
+        k: how many patches are then aligned by transport; None: none are, and any number can be kept.
     """
     N, M = features[0].shape[1], max(tokens.shape[1] for tokens in features[1::2])
     widest = next((x for x in features if x.dtype == torch.float64), features[0])
-    return _resolve(backend, widest, {"N": (N, MAX_PATCHES), "M": (M, MAX_SIDE), "k": (k, MAX_SIDE)})
+    return _resolve(backend, widest, {"N": (N, MAX_PATCHES), "M": (M, MAX_SIDE), "k": (k or 0, MAX_SIDE)})
 
 
 def _resolve(backend: str, x: Tensor, sides: dict[str, tuple[int, int]]) -> str:

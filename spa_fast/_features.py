@@ -156,8 +156,11 @@ def pad_ragged(
         raise ValueError(f"cu_tokens: expected offsets rising from 0 to {total} tokens, got {offsets}")
     M = max([1, *lengths])
     step = torch.arange(M, device=tokens.device)
-    start = torch.tensor(offsets[:-1], dtype=torch.int64, device=tokens.device)[:, None]
-    mask = step < torch.tensor(lengths, dtype=torch.int64, device=tokens.device)[:, None]
+    # Where tokens are on a GPU, a copy from the host that is waited for would stall it.
+    bounds = cu_tokens if isinstance(cu_tokens, Tensor) else torch.tensor(offsets)
+    bounds = bounds.to(tokens.device, torch.int64, non_blocking=tokens.is_cuda)[:, None]
+    start = bounds[:-1]
+    mask = step < bounds[1:] - start
     # A class without tokens reads row 0 of a table that has at least one row; its mask hides it.
     table = tokens if total else tokens.new_zeros(1, tokens.shape[1]) + tokens.sum()
     index = torch.where(mask, start + step, 0)

@@ -120,7 +120,7 @@ def topk_patches(
         tokens, _, token_mask = features.pad_ragged(tokens, None, token_mask, cu_tokens)
     _check(patches, tokens, k, reduce, patch_mask, token_mask)
     patches, tokens = _same_dtype(patches, tokens)
-    backend = _backends.resolve_patches(backend, (patches, tokens), k)
+    backend = _backends.resolve_patches(backend, (patches, tokens))
     scores, indices, _ = _ops.topk_patches(
         patches, tokens, patch_mask, token_mask, k, reduce, class_conditional, backend
     )
@@ -204,7 +204,7 @@ def spa_scores(
         _check(select_patches, select_tokens, k, reduce, patch_mask, mask, "select_")
         select_patches, select_tokens = _same_dtype(select_patches.detach(), select_tokens.detach())
     given = [x for x in (patches, tokens, select_patches, select_tokens) if x is not None]
-    backend = _backends.resolve_patches(backend, given, k)
+    backend = _backends.resolve_patches(backend, given, k if solver == "sinkhorn" else None)
     eps, tol = float(eps), float(tol)
     options: dict[str, Any] = {
         "eps": eps,
@@ -405,7 +405,8 @@ def _check(
     B, N, D = patches.shape
     C, M, _ = tokens.shape
     checks.check_like(f"{prefix}tokens", tokens, f"{prefix}patches", patches)
-    checks.check_shape(f"{prefix}tokens", tokens, f"[C, M, {D}] with the width of patches", (None, None, D))
+    sizes = f"[C, M, {D}] with the width of {prefix}patches"
+    checks.check_shape(f"{prefix}tokens", tokens, sizes, (None, None, D))
     if M == 0:
         raise ValueError(f"{prefix}tokens: expected M >= 1 tokens per class, got {list(tokens.shape)}")
     checks.check_k(k, N)

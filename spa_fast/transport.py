@@ -221,7 +221,8 @@ def sinkhorn_align(
         patch_mask: bool [B, K]; True takes part.
         token_mask: bool of the shape of `tokens` without D ([C, M] also where tokens are [B, C, M, D]).
         cu_tokens: offsets [C + 1], rising from 0 to sum M: class c owns tokens cu_tokens[c] to cu_tokens[c +
-            1]. A tensor is read on the host; inside torch.compile pass a tuple.
+            1]. A tensor is read on the host, for which a GPU is waited for; inside torch.compile pass a
+            tuple, inside a CUDA graph use `token_mask`.
         pairwise: False aligns image i with tokens i only and returns [B].
         eps: regularisation > 0 in units of cost (cosine distance, 0 to 2).
         max_iter, tol, grad, backend, aliases: as in `sinkhorn`.
@@ -243,9 +244,11 @@ def sinkhorn_align(
 
     Notes:
         One normalisation and one GEMM serve all images and classes; both run in fp32 (fp64), also under
-        autocast. A vector of norm 0 has cosine 0 and gradient 0. Beyond 2^24 similarities images go through
-        in chunks, whose similarities the backward computes again; not with return_plan, nor under
-        torch.compile.
+        autocast. On a CPU with the compiled extension a score of fp16, bf16 or fp32 features depends on its
+        own image and class alone, bit for bit, whatever else is in the batch; elsewhere the GEMM may round
+        otherwise at another B or C. A vector of norm 0 has cosine 0 and gradient 0. Beyond 2^24 similarities
+        images go through in chunks, whose similarities the backward computes again; not with return_plan, nor
+        under torch.compile.
     """
     check_options(eps, max_iter, tol, score, grad, solver, backend, nonfinite)
     if cu_tokens is not None:

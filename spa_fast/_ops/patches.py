@@ -19,7 +19,7 @@ from spa_fast.reference import patches as reference
 Scores = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _implementation(backend: str, k: int, *features: Tensor | None) -> Any:
+def _implementation(backend: str, k: int | None, *features: Tensor | None) -> Any:
     """The module of the backend, which an op resolves by itself where torch.compile did not."""
     given = [x for x in features if x is not None]
     backend = _backends.resolve_patches(backend, given, k)
@@ -51,7 +51,7 @@ def topk_patches(
     inputs = _contiguous(patches, tokens, patch_mask, token_mask)
     # Autocast would run the GEMM in half precision.
     with torch.autocast(patches.device.type, enabled=False):
-        forward = _implementation(backend, k, patches, tokens).topk_patches_fwd
+        forward = _implementation(backend, None, patches, tokens).topk_patches_fwd
         out: tuple[Tensor, Tensor, Tensor] = forward(*inputs, k, reduce, class_conditional)
     return out
 

@@ -105,7 +105,8 @@ def check_patches(config: RunConfig, backbone: Backbone) -> None:
         raise RunError(f"--k: expected at most the backbone's {most} patches, got {spa.k}")
     n_tokens = spa.word_limit if spa.semantic_tokens == "token_level" else spa.n_descriptions
     try:
-        resolve_patches(spa.backend, (torch.empty(0, most, 1), torch.empty(0, n_tokens, 1)), spa.k)
+        aligned = spa.k if spa.solver == "sinkhorn" else None
+        resolve_patches(spa.backend, (torch.empty(0, most, 1), torch.empty(0, n_tokens, 1)), aligned)
     except RuntimeError as error:
         raise RunError(f"--backend: {error}") from error
 

@@ -78,8 +78,8 @@ def similarity_bwd(
             grad = grad_of(images, classes, sim).transpose(0, 1).reshape(index.shape[1], -1, M)
             for few, rows, kept in _kept(u, index):
                 if need_patches:
-                    d_kept = torch.bmm(grad[few], u_tokens[classes][few]).view(-1, D)
-                    d_u.view(-1, D).scatter_add_(0, rows.reshape(-1, 1).expand(-1, D), d_kept)
+                    d_kept = torch.bmm(grad[few], u_tokens[classes][few]).flatten(0, 1)
+                    d_u.flatten(0, 1).scatter_add_(0, rows.reshape(-1, 1).expand(-1, D), d_kept)
                 if need_tokens:
                     d_u_tokens[classes][few].baddbmm_(grad[few].mT, kept)
         if need_patches:
@@ -163,7 +163,7 @@ def _kept(u: Tensor, indices: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     start = torch.arange(b, device=u.device)[:, None, None] * N
     rows = (indices + start).transpose(0, 1).reshape(c, b * K)
     for few in _split(c, max(1, _KEPT_BLOCK // max(b * K * D, 1))):
-        yield few, rows[few], u.view(-1, D).index_select(0, rows[few].flatten()).view(*rows[few].shape, D)
+        yield few, rows[few], u.flatten(0, 1).index_select(0, rows[few].flatten()).view(*rows[few].shape, D)
 
 
 def _split(size: int, step: int) -> list[slice]:

@@ -93,12 +93,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         for name in kernels_of(module):
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), found))
 
-    def solved(cost: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    def solved(cost: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
         P, K, M = cost.shape
         return tuple(cost.new_zeros(shape) for shape in (P, (P, K), (P, M), P, P))
 
     monkeypatch.setattr(patches_score, "sinkhorn_fwd", solved)
-    monkeypatch.setattr(patches_grad, "sinkhorn_bwd", lambda grad, cost, *_: cost)
+    monkeypatch.setattr(patches_grad, "sinkhorn_bwd", lambda grad, cost, *_, **__: cost)
     return found
 
 

@@ -58,9 +58,13 @@ def check(
     f32, i32, i64 = torch.float32, torch.int32, torch.int64
     assert [x.dtype for x in got] == [f32, i64, f32, f32, i32]
     tol = max(TABLE[f32].score, 8 * 2**-24 * 2 / options["eps"])
-    # Entries 2^L known to 2^-22 and reciprocals to 2^-21.8, both the hardware's, are eps * 5e-7 in f and g.
-    tols = tol, 0, *[max(tol, options["eps"] * 6e-7)] * 2, 0
-    for name, x, y, t in zip(("score", "indices", "f", "g", "n_iter"), got, want, tols, strict=True):
+    # Potentials modulo the additive constant, by which rounding moves them every iteration.
+    rows, cols = want[2] != 0, want[3] != 0
+    off = ((got[2].cpu() - want[2]) * rows).sum(2, keepdim=True) / rows.sum(2, keepdim=True).clamp(min=1)
+    off = off.nan_to_num()
+    near = got[0], got[1], got[2].cpu() - off * rows, got[3].cpu() + off * cols, got[4]
+    tols = tol, 0, tol, tol, 0
+    for name, x, y, t in zip(("score", "indices", "f", "g", "n_iter"), near, want, tols, strict=True):
         torch.testing.assert_close(
             x.cpu().to(y.dtype), y, rtol=t, atol=t, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
         )

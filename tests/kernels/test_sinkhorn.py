@@ -45,15 +45,18 @@ def check(
     table, plan = TABLE[torch.float32], plan_rtol(torch.float32, cost, eps)
     # Where the plan is known less well than the table's 2e-5, so is its score.
     s_tol = table.score if plan == table.plan else plan
-    # Entries 2^L known to 2^-22 and reciprocals to 2^-21.8, both the hardware's, are eps * 5e-7 in f and g.
-    p_tol = max(table.potential * float(cost[cost.isfinite()].abs().max()), eps * 6e-7)
+    p_tol = table.potential * float(cost[cost.isfinite()].abs().max())
     (score, f, g, n_iter, error), names = (t.cpu() for t in got), ("score", "f", "g", "n_iter", "error")
+    # Modulo the additive constant: weights whose sums are 1 to rounding move it by eps every iteration.
+    rows, cols = a.cpu() > 0, b.cpu() > 0
+    off = ((f - want[1]) * rows).sum(1, keepdim=True) / rows.sum(1, keepdim=True).clamp(min=1)
+    near_f, near_g = f - off.nan_to_num() * rows, g + off.nan_to_num() * cols
     assert [t.dtype for t in got] == [torch.float32] * 3 + [torch.int32, torch.float32]
     torch.testing.assert_close(n_iter, want[3], rtol=0, atol=0, msg=names[3])
     for x, y, name, r, t in (
         (score, want[0], names[0], s_tol, s_tol),
-        (f, want[1], names[1], table.potential, p_tol),
-        (g, want[2], names[2], table.potential, p_tol),
+        (near_f, want[1], names[1], table.potential, p_tol),
+        (near_g, want[2], names[2], table.potential, p_tol),
         (error, want[4], names[4], plan, plan),
     ):
         torch.testing.assert_close(
@@ -73,7 +76,7 @@ def test_sinkhorn_fwd_matches_the_oracle(
 
 
 @pytest.mark.parametrize("value", [False, True], ids=["transport", "value"])
-@pytest.mark.parametrize("eps", [1e-4, 1e-3, 1e-2, 1.0, 1e2])
+@pytest.mark.parametrize("eps", [1e-4, 1e-3, 1e-2, 1.0, 10.0, 1e2])
 def test_sinkhorn_fwd_over_eps(device: str, eps: float, value: bool) -> None:
     n_iter = check(*problems(device, 5, 7, 5), eps, 6, 0.0, value)[3]
     assert (n_iter == 6).all()

@@ -42,6 +42,19 @@ def test_no_host_sync(inputs, grad, score):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_ragged_classes_copy_offsets_without_waiting(inputs):
+    patches, tokens, _ = inputs
+    tokens = tokens.detach().flatten(0, 1)
+    align = SinkhornAlign()
+    expected = align(patches, tokens, cu_tokens=torch.tensor([0, 7, 7, 50], device="cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = align(patches, tokens, cu_tokens=(0, 7, 7, 50))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(("grad", "similarity"), [("envelope", True), ("implicit", True), ("unroll", False)])
 def test_each_direction_is_one_launch_of_one_kernel(grad, similarity):
     """All pairs in their layout: neither a transposed copy nor 1 - S is made beside the kernel."""

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from spa_fast import PatchAligner, sinkhorn_align, spa_scores, topk_patches
 from spa_fast import patches as module
+from spa_fast._backends import available
 from spa_fast._ops import patches as ops
 from spa_fast.patches import align_selected
 
@@ -199,10 +200,11 @@ def test_fully_masked_image_or_class_scores_zero_with_gradient_zero():
     assert not tokens.grad[2].any()
 
 
-@pytest.mark.parametrize(("B", "C"), [(0, 4), (3, 0)])
-def test_empty_batches_are_differentiable(B, C):
-    patches, tokens = torch.randn(B, 12, 6, requires_grad=True), torch.randn(C, 5, 6, requires_grad=True)
-    scores = spa_scores(patches, tokens, 4)
+@pytest.mark.parametrize(("B", "C", "D"), [(0, 4, 6), (3, 0, 6), (3, 4, 0)])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_empty_batches_are_differentiable(B, C, D, backend):
+    patches, tokens = torch.randn(B, 12, D, requires_grad=True), torch.randn(C, 5, D, requires_grad=True)
+    scores = spa_scores(patches, tokens, 4, backend=backend)
     assert scores.shape == (B, C)
     scores.sum().backward()
     assert patches.grad.shape == patches.shape
@@ -460,6 +462,15 @@ def test_aligner_is_the_function():
     assert "k=4, eps=0.2" in repr(align)
     with pytest.raises(ValueError, match="reduce"):
         PatchAligner(4, reduce="median")
+
+
+@pytest.mark.skipif(available()["native"] is not None, reason="native is not built")
+def test_a_named_backend_aligns_up_to_its_size_and_selects_beyond():
+    patches, tokens = torch.randn(1, 300, 4), torch.randn(2, 2, 4)
+    with pytest.raises(RuntimeError, match=r"native.*it takes k <= 256, got 299"):
+        spa_scores(patches, tokens, 299, backend="native")
+    got = spa_scores(patches, tokens, 299, solver="uniform", backend="native")
+    torch.testing.assert_close(got, spa_scores(patches, tokens, 299, solver="uniform", backend="reference"))
 
 
 def test_refusals():

@@ -292,3 +292,14 @@ def test_sinkhorn_fwd_value_at_large_eps(dtype: torch.dtype, top: float, eps: fl
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-6, atol=0)
     for x, y in zip(got[1:3], want[1:3], strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-6 * top)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [1e-10, 1e-30])
+def test_sinkhorn_fwd_costs_that_eps_cannot_resolve_are_never_converged(
+    dtype: torch.dtype, eps: float
+) -> None:
+    """C / eps of which rounding leaves more than 1 gives equal potentials in turn: no sign of being right."""
+    inputs = (x.to(dtype) for x in problems(4, 4, 5))
+    error = sinkhorn_fwd(*inputs, eps, 20, 1e-3, False)[4]
+    assert (error > 0.1).all()

@@ -14,7 +14,7 @@ from spa_fast.cil.data.stream import ClassTexts
 from spa_fast.cil.errors import RunError
 from spa_fast.cil.methods.replay import Replay
 from spa_fast.patches import align_selected, spa_scores, topk_patches
-from spa_fast.transport import SinkhornOutput, sinkhorn
+from spa_fast.transport import SinkhornOutput, sinkhorn, sinkhorn_align
 
 # Images whose patches are widened to fp32 at a time.
 SELECT_BATCH = 256
@@ -69,31 +69,29 @@ class LocalBranch:
         config, patches = self.config, patches.float()
         if kept is None and config.marginals != "uniform":
             kept = self.select(patches, texts)
+        visual, textual = self.visual(patches), self.textual(texts.tokens)
+        scores: Tensor
         if kept is None:
             select: dict[str, Any] = {}
             if config.selection_space == "frozen":
                 select = {"select_patches": patches, "select_tokens": texts.tokens}
-            return self._fused(patches, texts, config.k, **select)
-        scores: Tensor = align_selected(
-            self.visual(patches),
-            self.textual(texts.tokens),
+            scores = spa_scores(
+                visual,
+                textual,
+                config.k,
+                reduce=config.patch_score,
+                class_conditional=config.class_conditional,
+                token_mask=texts.mask,
+                **select,
+                **self._transport,
+            )
+            return scores
+        scores = align_selected(
+            visual,
+            textual,
             kept.indices,
             weights=kept.weights,
             token_mask=texts.mask,
-            **self._transport,
-        )
-        return scores
-
-    def _fused(self, patches: Tensor, texts: ClassTexts, k: int, **select: Any) -> Tensor:
-        """Selection and alignment in one call, equal weights."""
-        scores: Tensor = spa_scores(
-            self.visual(patches),
-            self.textual(texts.tokens),
-            k,
-            reduce=self.config.patch_score,
-            class_conditional=self.config.class_conditional,
-            token_mask=texts.mask,
-            **select,
             **self._transport,
         )
         return scores
@@ -147,8 +145,10 @@ class LocalBranch:
         count = 0 if config.local_replay == "none" else config.local_pseudo_per_class * size
         drawn, targets = self.replay.draw(old, count, texts.tokens.shape[-1])
         patches = drawn.unflatten(0, (len(drawn) // size, size))
-        # All of them are kept: by which features they would be chosen does not matter.
-        return self._fused(patches, texts, size), targets[::size]
+        # All of them are kept.
+        visual, textual = self.visual(patches), self.textual(texts.tokens)
+        scores: Tensor = sinkhorn_align(visual, textual, token_mask=texts.mask, **self._transport)
+        return scores, targets[::size]
 
     @torch.no_grad()
     def explain(self, patches: Tensor, texts: ClassTexts, label: int) -> Explanation:
