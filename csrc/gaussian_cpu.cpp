@@ -1,14 +1,9 @@
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "gaussian_lanes.h"
+#include "team.h"
 
 namespace spa_fast {
 namespace {
@@ -21,12 +16,6 @@ const GaussianLanes& sampler_of(Isa isa) {
     (void)isa;
     return gaussian_portable;
 }
-
-constexpr std::align_val_t kCacheLine{64};
-
-struct Release {
-    void operator()(char* memory) const { ::operator delete(memory, kCacheLine); }
-};
 
 }  // namespace
 
@@ -51,22 +40,10 @@ void sample_gaussian_cpu(const GaussianArgs& args, int threads, Isa isa) {
     const int64_t share = ((args.n + per_class - 1) / per_class + 3) / 4 * 4;
     const int64_t block = std::min(sampler.block(args), share);
     const int64_t blocks = (args.n + block - 1) / block, tasks = args.C * blocks;
-    const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
-    const int64_t bytes = sampler.workspace_bytes(args);
-    // Allocated up front: an exception must not leave a parallel region.
-    const std::unique_ptr<char, Release> memory(static_cast<char*>(::operator new(bytes* team, kCacheLine)));
-    const auto run = [&](int64_t task, char* workspace) {
+    run_team(tasks, threads, sampler.workspace_bytes(args), [&](int64_t task, char* workspace) {
         const int64_t start = task % blocks * block;
         sampler.draw(args, task / blocks, start, std::min(args.n, start + block), workspace);
-    };
-#ifdef _OPENMP
-    if (team > 1) {
-#pragma omp parallel for num_threads(team) schedule(dynamic)
-        for (int64_t task = 0; task < tasks; ++task) run(task, memory.get() + bytes * omp_get_thread_num());
-        return;
-    }
-#endif
-    for (int64_t task = 0; task < tasks; ++task) run(task, memory.get());
+    });
 }
 
 }  // namespace spa_fast

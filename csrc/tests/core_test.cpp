@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "sinkhorn.h"
 #include "sinkhorn_lanes.h"
 
@@ -21,18 +22,6 @@
 using namespace spa_fast;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                           \
-    do {                                                                \
-        if (!(condition)) {                                             \
-            ++failures;                                                 \
-            std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-            std::printf(__VA_ARGS__);                                   \
-            std::printf("\n");                                          \
-        }                                                               \
-    } while (0)
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();

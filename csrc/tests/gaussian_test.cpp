@@ -10,24 +10,13 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "gaussian.h"
 #include "philox.h"
 
 using namespace spa_fast;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                           \
-    do {                                                                \
-        if (!(condition)) {                                             \
-            ++failures;                                                 \
-            std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-            std::printf(__VA_ARGS__);                                   \
-            std::printf("\n");                                          \
-        }                                                               \
-    } while (0)
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr double kPi = 3.14159265358979323846;
