@@ -305,7 +305,8 @@ def plain_accuracy(
     right = []
     for task in range(stage + 1):
         features, targets = stream.test(task)
-        for whole, patches, target in zip(features.globals, features.patches.float(), targets, strict=True):
+        every = features.patches[torch.arange(len(features))].float()
+        for whole, patches, target in zip(features.globals, every, targets, strict=True):
             local = plain_scores(patches, texts.tokens, config.k, visual(patches), tokens)
             scores = classifier @ unit(visual(whole)) + config.fusion_weight * local
             right.append(float(scores.argmax() == target))
