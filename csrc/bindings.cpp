@@ -27,6 +27,14 @@ Isa isa_of(const std::string& name) {
     throw py::value_error("isa: expected auto, portable, avx2 or avx512, got " + name);
 }
 
+// Without the lock of the interpreter.
+template <class Args>
+void run(void (*call)(const Args&, int, Isa), const Args& args, int threads, const std::string& isa) {
+    const Isa chosen = isa_of(isa);
+    const py::gil_scoped_release release;
+    call(args, threads, chosen);
+}
+
 template <class T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
@@ -68,9 +76,7 @@ void forward(uintptr_t cost, int cost_dtype, uintptr_t a, int64_t a_stride, uint
                             pointer<float>(g),
                             pointer<int32_t>(n_iter),
                             pointer<float>(marginal_error)};
-    const Isa chosen = isa_of(isa);
-    const py::gil_scoped_release release;
-    sinkhorn_fwd(args, threads, chosen);
+    run(sinkhorn_fwd, args, threads, isa);
 }
 
 void backward(uintptr_t grad_score, uintptr_t cost, int cost_dtype, uintptr_t a, int64_t a_stride, uintptr_t b,
@@ -79,9 +85,7 @@ void backward(uintptr_t grad_score, uintptr_t cost, int cost_dtype, uintptr_t a,
     const SinkhornGradArgs args{batch(cost, cost_dtype, C, similarity, a, a_stride, b, b_stride, P, K, M, eps),
                                 pointer<const float>(grad_score), pointer<const float>(f), pointer<const float>(g),
                                 pointer<void>(grad_cost)};
-    const Isa chosen = isa_of(isa);
-    const py::gil_scoped_release release;
-    sinkhorn_bwd(args, threads, chosen);
+    run(sinkhorn_bwd, args, threads, isa);
 }
 
 typedef std::array<int64_t, 3> Strides;  // from product to product, row to row, number to number
@@ -96,9 +100,7 @@ void inner_products(uintptr_t x, const Strides& x_strides, uintptr_t y, const St
                               D,
                               normalize,
                               pointer<float>(out)};
-    const Isa chosen = isa_of(isa);
-    const py::gil_scoped_release release;
-    similarity(args, threads, chosen);
+    run(similarity, args, threads, isa);
 }
 
 Reduce reduce_of(const std::string& name) {
@@ -131,9 +133,7 @@ void topk_forward(const FeatureTuple& by, uintptr_t patch_mask, const Sizes& siz
                   const std::string& isa) {
     const TopkPatchesArgs args{selection(by, patch_mask, sizes, reduce, class_conditional, indices),
                                pointer<float>(scores), pointer<int32_t>(argmax)};
-    const Isa chosen = isa_of(isa);
-    const py::gil_scoped_release release;
-    topk_patches(args, threads, chosen);
+    run(topk_patches, args, threads, isa);
 }
 
 void scores_forward(const FeatureTuple& by, const FeatureTuple& aligned, uintptr_t patch_mask, const Sizes& sizes,
@@ -150,9 +150,7 @@ void scores_forward(const FeatureTuple& by, const FeatureTuple& aligned, uintptr
                              pointer<float>(f),
                              pointer<float>(g),
                              pointer<int32_t>(n_iter)};
-    const Isa chosen = isa_of(isa);
-    const py::gil_scoped_release release;
-    spa_scores_fwd(args, threads, chosen);
+    run(spa_scores_fwd, args, threads, isa);
 }
 
 void scores_backward(uintptr_t grad_score, const FeatureTuple& aligned, uintptr_t patch_mask, const Sizes& sizes,
@@ -173,17 +171,12 @@ void scores_backward(uintptr_t grad_score, const FeatureTuple& aligned, uintptr_
                                  pointer<const float>(g),
                                  pointer<void>(grad_patches),
                                  pointer<float>(grad_tokens)};
-    const Isa chosen = isa_of(isa);
-    const py::gil_scoped_release release;
-    spa_scores_bwd(args, threads, chosen);
+    run(spa_scores_bwd, args, threads, isa);
 }
 
 GaussianArgs gaussian(uintptr_t rows, uintptr_t mean, int mean_dtype, uintptr_t factor, int factor_dtype,
                       int64_t factor_stride, uintptr_t diag, int64_t diag_stride, uintptr_t class_ids, uintptr_t seed,
                       uintptr_t out, int kind, int64_t C, int64_t D, int64_t n, int64_t rank, int64_t first) {
-    for (const int dtype : {mean_dtype, factor_dtype})
-        if (dtype < 0 || dtype > 2)
-            throw py::value_error("dtype: expected 0 (fp32), 1 (fp16) or 2 (bf16), got " + std::to_string(dtype));
     if (kind < 0 || kind > 2)
         throw py::value_error("kind: expected 0 (tril), 1 (diag) or 2 (lowrank), got " + std::to_string(kind));
     return {static_cast<FactorKind>(kind),
@@ -194,9 +187,9 @@ GaussianArgs gaussian(uintptr_t rows, uintptr_t mean, int mean_dtype, uintptr_t 
             first,
             pointer<const int64_t>(rows),
             pointer<const void>(mean),
-            static_cast<FloatType>(mean_dtype),
+            type_of(mean_dtype, "mean_dtype"),
             pointer<const void>(factor),
-            static_cast<FloatType>(factor_dtype),
+            type_of(factor_dtype, "factor_dtype"),
             factor_stride,
             pointer<const void>(diag),
             diag_stride,
@@ -236,9 +229,7 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "sample_gaussian_cpu",
         [](const GaussianArgs& args, int threads, const std::string& isa) {
-            const Isa chosen = isa_of(isa);
-            const py::gil_scoped_release release;
-            sample_gaussian_cpu(args, threads, chosen);
+            run(sample_gaussian_cpu, args, threads, isa);
         },
         "On CPU memory.", py::arg("args"), py::arg("threads"), py::arg("isa") = "auto");
 #ifdef SPA_FAST_CUDA_ARCHS

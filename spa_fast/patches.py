@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +28,28 @@ _CHUNK = 1 << 20
 _TOKEN_CHUNK = 1 << 20
 
 
+class _Inputs(NamedTuple):
+    """Tensors in the order in which the operator takes them; by `select_*`, where given, patches are kept."""
+
+    patches: Tensor
+    tokens: Tensor
+    select_patches: Tensor | None = None
+    select_tokens: Tensor | None = None
+    patch_mask: Tensor | None = None
+    token_mask: Tensor | None = None
+    select_token_mask: Tensor | None = None
+
+
+class _Options(NamedTuple):
+    eps: float
+    max_iter: int
+    tol: float
+    score: Score
+    grad: Grad
+    solver: Plan
+    backend: str
+
+
 @dataclass(frozen=True, eq=False)
 class PatchScores:
     """What `spa_scores` found; only `scores` carries a gradient.
@@ -40,8 +63,8 @@ class PatchScores:
     scores: Tensor
     indices: Tensor
     n_iter: Tensor
-    _features: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = field(repr=False)
-    _options: dict[str, Any] = field(repr=False)
+    _inputs: _Inputs = field(repr=False)
+    _options: _Options = field(repr=False)
 
     @torch.no_grad()
     def plan_for(self, i: int, c: int) -> SinkhornOutput:
@@ -50,23 +73,19 @@ class PatchScores:
         Rows follow `indices[i, c]`. A masked patch or token has plan 0.
 
         Raises:
+            TypeError: i or c not an integer.
             ValueError: i or c out of range.
         """
         for name, index, size in (("i", i, len(self.scores)), ("c", c, self.scores.shape[1])):
+            try:
+                operator.index(index)
+            except TypeError:
+                raise TypeError(f"{name}: expected an integer, got {type(index).__name__}") from None
             if not 0 <= index < size:
                 raise ValueError(f"{name}: expected 0 <= {name} < {size}, got {index}")
-        patches, tokens, patch_mask, token_mask = self._features
         image, label = slice(i, i + 1), slice(c, c + 1)
-        out: SinkhornOutput = _align(
-            patches[image],
-            tokens[label],
-            self.indices[image, label],
-            None if patch_mask is None else patch_mask[image],
-            None if token_mask is None else token_mask[label],
-            None,
-            return_plan=True,
-            **self._options,
-        )
+        pair = _part(self._inputs, image, label)
+        out: SinkhornOutput = _align(pair, self.indices[image, label], None, self._options, return_plan=True)
         return SinkhornOutput(*(x[0, 0] for x in out))
 
 
@@ -192,59 +211,26 @@ def spa_scores(
     _check(patches, tokens, k, reduce, patch_mask, token_mask)
     check_options(eps, max_iter, tol, score, grad, solver, backend)
     patches, tokens = _same_dtype(patches, tokens)
-    (B, N, _), (C, M, _) = patches.shape, tokens.shape
-    mask = token_mask
-    if (select_patches is None) != (select_tokens is None):
-        raise ValueError("select_patches, select_tokens: expected both or neither")
-    if select_patches is not None and select_tokens is not None:
-        checks.check_shape("select_patches", select_patches, f"[{B}, {N}, D']", (B, N, None))
-        checks.check_shape("select_tokens", select_tokens, f"[{C}, M', D']", (C, None, None))
-        checks.check_like("select_patches", select_patches, "patches", patches, dtype=False)
-        mask = token_mask if select_tokens.shape[1] == M else None
-        _check(select_patches, select_tokens, k, reduce, patch_mask, mask, "select_")
-        select_patches, select_tokens = _same_dtype(select_patches.detach(), select_tokens.detach())
-    given = [x for x in (patches, tokens, select_patches, select_tokens) if x is not None]
+    inputs = _Inputs(patches, tokens, None, None, patch_mask, token_mask, token_mask)
+    inputs = _select_by(select_patches, select_tokens, inputs, k, reduce)
+    given = [x for x in inputs[:4] if x is not None]
     backend = _backends.resolve_patches(backend, given, k if solver == "sinkhorn" else None)
-    eps, tol = float(eps), float(tol)
-    options: dict[str, Any] = {
-        "eps": eps,
-        "max_iter": max_iter,
-        "tol": tol,
-        "score": score,
-        "grad": grad,
-        "solver": solver,
-    }
+    options = _Options(float(eps), max_iter, float(tol), score, grad, solver, backend)
 
     def fused(images: slice, classes: slice) -> tuple[Tensor, ...]:
-        out, indices, _f, _g, n_iter = _ops.spa_scores(
-            patches[images],
-            tokens[classes],
-            _part(select_patches, images),
-            _part(select_tokens, classes),
-            _part(patch_mask, images),
-            _part(token_mask, classes),
-            _part(mask, classes),
-            k,
-            eps,
-            max_iter,
-            tol,
-            reduce,
-            class_conditional,
-            score == "value",
-            grad,
-            backend,
-        )
+        transport = options.eps, max_iter, options.tol
+        rest = reduce, class_conditional, score == "value", grad, backend
+        out, indices, _f, _g, n_iter = _ops.spa_scores(*_part(inputs, images, classes), k, *transport, *rest)
         return out, indices, n_iter
 
     def in_two_steps(images: slice, classes: slice) -> tuple[Tensor, ...]:
-        by_patches = patches.detach() if select_patches is None else select_patches
-        by_tokens = tokens.detach() if select_tokens is None else select_tokens
-        on = _part(patch_mask, images), _part(mask, classes)
+        x = _part(inputs, images, classes)
+        by_patches = x.patches.detach() if x.select_patches is None else x.select_patches
+        by_tokens = x.tokens.detach() if x.select_tokens is None else x.select_tokens
         _, indices, _ = _ops.topk_patches(
-            by_patches[images], by_tokens[classes], *on, k, reduce, class_conditional, backend
+            by_patches, by_tokens, x.patch_mask, x.select_token_mask, k, reduce, class_conditional, backend
         )
-        where = _part(patch_mask, images), _part(token_mask, classes)
-        out = _align(patches[images], tokens[classes], indices, *where, None, **options, backend=backend)
+        out = _align(x, indices, None, options)
         return out, indices, indices.new_zeros(out.shape, dtype=torch.int32)
 
     iterates = solver == "sinkhorn"
@@ -252,16 +238,15 @@ def spa_scores(
         fused if iterates else in_two_steps,
         patches,
         tokens,
-        3 * k + M + 2 if iterates else k * M,
+        3 * k + tokens.shape[1] + 2 if iterates else k * tokens.shape[1],
         class_conditional,
         3 if return_details else 1,
     )
     if not return_details:
         return results[0]
     scores, indices, n_iter = results
-    return PatchScores(
-        scores, indices, n_iter, (patches, tokens, patch_mask, token_mask), {**options, "backend": backend}
-    )
+    aligned = _Inputs(patches, tokens, patch_mask=patch_mask, token_mask=token_mask)
+    return PatchScores(scores, indices, n_iter, aligned, options)
 
 
 def align_selected(
@@ -301,48 +286,45 @@ def align_selected(
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= patches.shape[1]:
             raise ValueError(f"indices: expected 0 <= index < N = {patches.shape[1]}, got {low} to {high}")
-    options: dict[str, Any] = {
-        "eps": eps,
-        "max_iter": max_iter,
-        "tol": tol,
-        "score": score,
-        "grad": grad,
-        "solver": solver,
-    }
+    inputs = _Inputs(patches, tokens, patch_mask=patch_mask, token_mask=token_mask)
+    options = _Options(eps, max_iter, tol, score, grad, solver, backend)
 
     def align(images: slice, classes: slice) -> tuple[Tensor]:
         a = weights
         if a is not None and a.dim() == 3:
             a = a[images] if a.shape[1] == 1 else a[images, classes]
-        out: Tensor = _align(
-            patches[images],
-            tokens[classes],
-            indices[images, classes],
-            _part(patch_mask, images),
-            _part(token_mask, classes),
-            a,
-            **options,
-            backend=backend,
-        )
-        return (out,)
+        return (_align(_part(inputs, images, classes), indices[images, classes], a, options),)
 
     return _in_chunks(align, patches, tokens, indices.shape[2] * tokens.shape[1], True, 1)[0]
 
 
+def _select_by(
+    patches: Tensor | None, tokens: Tensor | None, inputs: _Inputs, k: int, reduce: str
+) -> _Inputs:
+    """`inputs` with features to select by, if given; `token_mask` holds for them where M is the same."""
+    if patches is None and tokens is None:
+        return inputs
+    if patches is None or tokens is None:
+        raise ValueError("select_patches, select_tokens: expected both or neither")
+    (B, N, _), (C, M, _) = inputs.patches.shape, inputs.tokens.shape
+    checks.check_shape("select_patches", patches, f"[{B}, {N}, D']", (B, N, None))
+    checks.check_shape("select_tokens", tokens, f"[{C}, M', D']", (C, None, None))
+    checks.check_like("select_patches", patches, "patches", inputs.patches, dtype=False)
+    mask = inputs.token_mask if tokens.shape[1] == M else None
+    _check(patches, tokens, k, reduce, inputs.patch_mask, mask, "select_")
+    patches, tokens = _same_dtype(patches.detach(), tokens.detach())
+    return inputs._replace(select_patches=patches, select_tokens=tokens, select_token_mask=mask)
+
+
 def _align(
-    patches: Tensor,
-    tokens: Tensor,
-    indices: Tensor,
-    patch_mask: Tensor | None,
-    token_mask: Tensor | None,
-    weights: Tensor | None,
-    **options: Any,
+    x: _Inputs, indices: Tensor, weights: Tensor | None, options: _Options, return_plan: bool = False
 ) -> Any:
-    sim = selected_sim(patches, tokens, indices, patch_mask, token_mask)
-    if patch_mask is not None:
-        kept = patch_mask[:, None].expand(-1, indices.shape[1], -1).gather(2, indices).to(sim.dtype)
+    sim = selected_sim(x.patches, x.tokens, indices, x.patch_mask, x.token_mask)
+    if x.patch_mask is not None:
+        kept = x.patch_mask[:, None].expand(-1, indices.shape[1], -1).gather(2, indices).to(sim.dtype)
         weights = kept if weights is None else weights * kept
-    return align_similarity(sim, weights, None if token_mask is None else token_mask.to(sim.dtype), **options)
+    token_weights = None if x.token_mask is None else x.token_mask.to(sim.dtype)
+    return align_similarity(sim, weights, token_weights, return_plan=return_plan, **options._asdict())
 
 
 def _in_chunks(
@@ -377,7 +359,19 @@ def _in_chunks(
     return results
 
 
-def _part(x: Tensor | None, rows: slice) -> Tensor | None:
+def _part(x: _Inputs, images: slice, classes: slice) -> _Inputs:
+    return _Inputs(
+        x.patches[images],
+        x.tokens[classes],
+        _rows(x.select_patches, images),
+        _rows(x.select_tokens, classes),
+        _rows(x.patch_mask, images),
+        _rows(x.token_mask, classes),
+        _rows(x.select_token_mask, classes),
+    )
+
+
+def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
     return None if x is None else x[rows]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -22,9 +22,7 @@ Score = Literal["transport", "value"]
 Grad = Literal["envelope", "implicit", "unroll"]
 Plan = Literal["sinkhorn", "uniform", "double_softmax", "max_mean"]
 
-SCORES = ("transport", "value")
-GRADS = ("envelope", "implicit", "unroll")
-SOLVERS = ("sinkhorn", "uniform", "double_softmax", "max_mean")
+SCORES, GRADS, SOLVERS = get_args(Score), get_args(Grad), get_args(Plan)
 
 # Tolerance that `converged` is judged by where tol = 0 fixes the number of iterations.
 _FIXED_TOL = 1e-3
@@ -140,9 +138,8 @@ def align_similarity(
             "sinkhorn": the entropic plan.
             "uniform": P = a b^T.
             "double_softmax": P = (diag(a) R + L diag(b)) / 2 with R_ij = b_j e^(S_ij / eps) normalised over j
-                and
-            L_ij = a_i e^(S_ij / eps) normalised over i. grad="envelope" holds P fixed, else it is
-            differentiated.
+                and L_ij = a_i e^(S_ij / eps) normalised over i. grad="envelope" holds P fixed, else it is
+                differentiated.
             "max_mean": P_ij = a_i at the first j that maximises S_ij among b_j > 0: sum_i a_i max_j S_ij.
             The last three have potentials 0 and n_iter 0.
         others: as `sinkhorn`.
@@ -180,7 +177,7 @@ def align_similarity(
         sim.new_zeros(*batch, M),
         torch.zeros(batch, dtype=torch.int32, device=sim.device),
         error.view(batch),
-        (error <= (tol if tol > 0 else _FIXED_TOL)).view(batch),
+        _converged(error, tol).view(batch),
     )
 
 
@@ -231,8 +228,8 @@ def sinkhorn_align(
         return_plan: return a `SinkhornOutput`, its plan [B, C, K, M].
         nonfinite: what NaN and Inf in an unmasked patch or token do. "raise": ValueError naming the tensor
             and the first bad image or class; values are looked at on a CPU and outside of torch.compile,
-            elsewhere it acts as
-            "propagate": every score they enter is NaN. "zero": that patch or token counts as the zero vector.
+            elsewhere it acts as "propagate": every score they enter is NaN. "zero": that patch or token
+            counts as the zero vector.
 
     Returns:
         [B, C] ([B] with pairwise=False) in fp32 (fp64 for fp64), or `SinkhornOutput`. A fully masked image or
@@ -278,11 +275,17 @@ def sinkhorn_align(
             backend=backend,
         )
 
-    size = patches.shape[1] * tokens.shape[-2] * (C if pairwise else 1)
-    wanted = torch.is_grad_enabled() and (p.requires_grad or s.requires_grad)
-    if return_plan or torch.compiler.is_compiling() or B * size <= _CHUNK:
+    if return_plan:
         return align(slice(None))
-    step = max(1, _CHUNK // size)
+    each = patches.shape[1] * tokens.shape[-2] * (C if pairwise else 1)
+    return _in_chunks(align, B, each, torch.is_grad_enabled() and (p.requires_grad or s.requires_grad))
+
+
+def _in_chunks(align: Callable[[slice], Any], B: int, each: int, wanted: bool) -> Any:
+    """Scores of all images, `each` similarities an image; `wanted`: with a gradient."""
+    if torch.compiler.is_compiling() or B * each <= _CHUNK:
+        return align(slice(None))
+    step = max(1, _CHUNK // each)
     chunks = (slice(i, i + step) for i in range(0, B, step))
     if not wanted:
         return torch.cat([align(chunk) for chunk in chunks])
@@ -348,8 +351,12 @@ def _solve(
         g.view(*batch, M),
         n_iter.view(batch),
         error.view(batch),
-        (error <= (tol if tol > 0 else _FIXED_TOL)).view(batch),
+        _converged(error, tol).view(batch),
     )
+
+
+def _converged(error: Tensor, tol: float) -> Tensor:
+    return error <= (tol if tol > 0 else _FIXED_TOL)
 
 
 def _weights(name: str, weights: Tensor | None, cost: Tensor, batch: Sequence[int], n: int) -> Tensor:

@@ -6,12 +6,11 @@
 #include <limits>
 #include <new>
 #include <random>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include "check.h"
+#include "half.h"
 #include "sinkhorn.h"
 #include "sinkhorn_lanes.h"
 
@@ -196,8 +195,8 @@ void check_close(const Problems& p, Isa isa, const char* what) {
         CHECK(std::fabs(got.marginal_error[index] - want.marginal_error) <= 2e-5 * want.marginal_error + 1e-6,
               "%s %s: %g, expected %g", isa_name(isa), what, got.marginal_error[index], want.marginal_error);
         double worst = 0;
-        for (int64_t i = 0; i < p.K; ++i) worst = std::fmax(worst, std::fabs(got.f[index * p.K + i] - want.f[i]));
-        for (int64_t j = 0; j < p.M; ++j) worst = std::fmax(worst, std::fabs(got.g[index * p.M + j] - want.g[j]));
+        for (int64_t i = 0; i < p.K; ++i) worst = worse(worst, std::fabs(got.f[index * p.K + i] - want.f[i]));
+        for (int64_t j = 0; j < p.M; ++j) worst = worse(worst, std::fabs(got.g[index * p.M + j] - want.g[j]));
         CHECK(worst <= tolerance, "%s %s %dx%d eps %g: potentials off by %g", isa_name(isa), what, int(p.K), int(p.M),
               p.eps, worst);
     }
@@ -277,7 +276,6 @@ void test_forbidden_and_invalid(Isa isa) {
     for (int j = 0; j < 5; ++j) entry(12, 3, j) = kNan;
     p.b[12 * 5 + 1] = 0;
     for (int i = 0; i < 6; ++i) entry(12, i, 1) = kInf;
-    for (float& weight : p.a) weight = weight == 0 ? 0 : weight;
     const Result got = solve(p, isa);
     for (const int problem : {3, 5, 6, 12}) {
         const Exact want = exact(p, problem);
@@ -368,19 +366,6 @@ void test_masked_suffix_is_a_slice(Isa isa) {
 
 // Every 16-bit pattern is widened exactly: a 1x1 problem's score is its cost.
 void test_half_costs(Isa isa) {
-    const auto half = [](uint32_t bits) {
-        const int exponent = bits >> 10 & 31;
-        const double magnitude = exponent == 31  ? (bits & 1023 ? double(kNan) : double(kInf))
-                                 : exponent == 0 ? std::ldexp(bits & 1023, -24)
-                                                 : std::ldexp(1024 + (bits & 1023), exponent - 25);
-        return static_cast<float>(bits & 0x8000 ? -magnitude : magnitude);
-    };
-    const auto bfloat = [](uint32_t bits) {
-        const uint32_t word = bits << 16;
-        float x;
-        std::memcpy(&x, &word, 4);
-        return x;
-    };
     Problems p(1 << 16, 1, 1);
     p.max_iter = 1;
     std::vector<uint16_t> bits(p.P);
@@ -389,7 +374,7 @@ void test_half_costs(Isa isa) {
         Result out;
         sinkhorn_fwd(arguments(p, bits.data(), type, out), 1, isa);
         for (uint32_t i = 0; i < bits.size(); ++i) {
-            const float want = type == CostType::f16 ? half(i) : bfloat(i);
+            const float want = type == CostType::f16 ? from_f16(bits[i]) : from_bf16(bits[i]);
             if (want == kInf)
                 CHECK(out.score[i] == 0 && out.marginal_error[i] == 1, "forbidden: %g", out.score[i]);
             else if (!std::isfinite(want))
@@ -622,10 +607,8 @@ void test_half_gradients(Isa isa) {
     const std::vector<uint16_t> zeros(p.P);
     const std::vector<float> potentials(p.P);
     std::vector<float> upstream(p.P);
-    for (int64_t i = 0; i < p.P; ++i) {
-        const uint32_t word = static_cast<uint32_t>(i) << 16 | 0x1000u * (i % 16) | (i % 7 == 0);
-        std::memcpy(&upstream[i], &word, 4);
-    }
+    for (int64_t i = 0; i < p.P; ++i)
+        upstream[i] = as_float(static_cast<uint32_t>(i) << 16 | 0x1000u * (i % 16) | (i % 7 == 0));
     for (const CostType type : {CostType::f16, CostType::bf16}) {
         std::vector<uint16_t> got(p.P, 0x1234);
         sinkhorn_bwd({batch(p, zeros.data(), type), upstream.data(), potentials.data(), potentials.data(), got.data()},
@@ -655,28 +638,21 @@ void test_half_gradients(Isa isa) {
 }
 
 void test_bad_arguments() {
-    const auto refused = [](Problems p, Isa isa) {
-        try {
-            solve(p, isa);
-        } catch (const std::invalid_argument&) {
-            return true;
-        }
-        return false;
-    };
-    CHECK(refused(Problems(1, 257, 1), Isa::portable), "K");
-    CHECK(refused(Problems(1, 1, 257), Isa::portable), "M");
+    const auto unsolved = [](const Problems& p) { return refused([&] { solve(p, Isa::portable); }); };
+    CHECK(unsolved(Problems(1, 257, 1)), "K");
+    CHECK(unsolved(Problems(1, 1, 257)), "M");
     Problems p(1, 2, 2);
     p.eps = 0;
-    CHECK(refused(p, Isa::portable), "eps");
+    CHECK(unsolved(p), "eps");
     p.eps = 1;
     p.max_iter = 0;
-    CHECK(refused(p, Isa::portable), "max_iter");
+    CHECK(unsolved(p), "max_iter");
     p.max_iter = 1;
     p.tol = -1;
-    CHECK(refused(p, Isa::portable), "tol");
+    CHECK(unsolved(p), "tol");
     p.tol = 0;
     p.C = 2;
-    CHECK(refused(p, Isa::portable), "C");
+    CHECK(unsolved(p), "C");
     p.C = 1;
     CHECK(solve(Problems(0, 2, 2), Isa::portable).score.empty(), "P = 0");
 }
@@ -684,11 +660,7 @@ void test_bad_arguments() {
 }  // namespace
 
 int main() {
-    for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
-        if (!isa_usable(isa)) {
-            std::printf("%s: not on this processor\n", isa_name(isa));
-            continue;
-        }
+    on_every_isa([](Isa isa) {
         test_closed_forms(isa);
         test_oracle(isa);
         test_forbidden_and_invalid(isa);
@@ -700,8 +672,7 @@ int main() {
         test_half_gradients(isa);
         test_similarity(isa);
         test_offsets_past_32_bits(isa);
-        std::printf("%s: %d failures so far\n", isa_name(isa), failures);
-    }
+    });
     test_bad_arguments();
     return failures != 0;
 }

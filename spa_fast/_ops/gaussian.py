@@ -9,12 +9,11 @@ from torch import Tensor
 
 from spa_fast import _backends, _native
 from spa_fast._checks import FLOATS, values_checkable
+from spa_fast._ops.sinkhorn_native import DTYPES
 from spa_fast.reference import gaussian as reference
 
 # In the order of FactorKind in csrc/gaussian.h.
 KINDS = ("tril", "diag", "lowrank")
-
-_FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # Words of the counter: a sample index or a class id beyond would draw another's normals.
 _MAX_INDEX = 1 << 32
@@ -76,9 +75,9 @@ def _native_draw(
     draw = extension.GaussianArgs(
         rows=0 if rows is None else rows.data_ptr(),
         mean=mean.data_ptr(),
-        mean_dtype=_FLOAT_TYPES[mean.dtype],
+        mean_dtype=DTYPES[mean.dtype],
         factor=factor.data_ptr(),
-        factor_dtype=_FLOAT_TYPES[factor.dtype],
+        factor_dtype=DTYPES[factor.dtype],
         factor_stride=_stride(factor),
         diag=0 if diag is None else diag.data_ptr(),
         diag_stride=0 if diag is None else _stride(diag),
@@ -154,15 +153,6 @@ def _check(
 
 @sample_gaussian.register_fake
 def _(
-    mean: Tensor,
-    factor: Tensor,
-    diag: Tensor | None,
-    class_ids: Tensor,
-    seed: Tensor,
-    n: int,
-    first: int,
-    kind: str,
-    backend: str,
-    rows: Tensor | None = None,
+    mean: Tensor, factor: Tensor, diag: Tensor | None, class_ids: Tensor, seed: Tensor, n: int, *rest: Any
 ) -> Tensor:
     return mean.new_empty(class_ids.shape[0], n, mean.shape[1])

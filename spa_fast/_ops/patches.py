@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from spa_fast import _backends
+from spa_fast._checks import accumulate_dtype
+from spa_fast._ops.selected import empty_grads, needed
 from spa_fast.reference import patches as reference
 
 Scores = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -26,10 +28,6 @@ def _implementation(backend: str, k: int | None, *features: Tensor | None) -> An
     if backend == "reference" or 0 in (given[0].shape[0], given[1].shape[0]):
         return reference
     return import_module(f"spa_fast._ops.patches_{backend}")
-
-
-def _acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -60,7 +58,7 @@ def topk_patches(
 def _(
     patches: Tensor, tokens: Tensor, patch_mask: Any, token_mask: Any, k: int, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scores = patches.new_empty(patches.shape[0], tokens.shape[0], k, dtype=_acc(patches))
+    scores = patches.new_empty(patches.shape[0], tokens.shape[0], k, dtype=accumulate_dtype(patches))
     return scores, scores.new_empty(scores.shape, dtype=torch.int64), scores.to(torch.int32)
 
 
@@ -94,7 +92,7 @@ def topk_patches_bwd(
 
 @topk_patches_bwd.register_fake
 def _(grad_scores: Tensor, patches: Tensor, tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_grads(patches, tokens, *rest[-2:])
+    return empty_grads(patches, tokens, *rest[-2:])
 
 
 @torch.library.custom_op("spa_fast::_spa_scores", mutates_args=())
@@ -132,7 +130,7 @@ def spa_scores(
 @spa_scores.register_fake
 def _(patches: Tensor, tokens: Tensor, *rest: Any) -> Scores:
     (B, _, _), (C, M, _), k = patches.shape, tokens.shape, rest[5]
-    f = patches.new_empty(B, C, k, dtype=_acc(patches))
+    f = patches.new_empty(B, C, k, dtype=accumulate_dtype(patches))
     n_iter = f.new_empty(B, C, dtype=torch.int32)
     return f.new_empty(B, C), f.new_empty(f.shape, dtype=torch.int64), f, f.new_empty(B, C, M), n_iter
 
@@ -167,16 +165,7 @@ def spa_scores_bwd(
 
 @spa_scores_bwd.register_fake
 def _(grad_score: Tensor, patches: Tensor, tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_grads(patches, tokens, *rest[-2:])
-
-
-def _empty_grads(
-    patches: Tensor, tokens: Tensor, need_patches: bool, need_tokens: bool
-) -> tuple[Tensor, Tensor]:
-    return (
-        patches.new_empty(patches.shape if need_patches else (0,)),
-        tokens.new_empty(tokens.shape if need_tokens else (0,)),
-    )
+    return empty_grads(patches, tokens, *rest[-2:])
 
 
 def _save_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -190,7 +179,7 @@ def _save_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 def _backward_topk(ctx: Any, grad_scores: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     need = ctx.needs_input_grad[:2]
     grads = topk_patches_bwd(grad_scores.contiguous(), *ctx.saved_tensors, ctx.reduce, *need)
-    return *(grad if on else None for grad, on in zip(grads, need, strict=True)), *(None,) * 6
+    return *needed(grads, need), *(None,) * 6
 
 
 def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: Scores) -> None:
@@ -205,7 +194,7 @@ def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: Scores) -> None:
 def _backward_scores(ctx: Any, grad_score: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     need = ctx.needs_input_grad[:2]
     grads = spa_scores_bwd(grad_score.contiguous(), *ctx.saved_tensors, *ctx.options, *need)
-    return *(grad if on else None for grad, on in zip(grads, need, strict=True)), *(None,) * 14
+    return *needed(grads, need), *(None,) * 14
 
 
 topk_patches.register_autograd(_backward_topk, setup_context=_save_topk)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from spa_fast import _native
+from spa_fast._ops.sinkhorn_native import DTYPES
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NONE: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
 
 
@@ -19,7 +19,7 @@ def _extension() -> Any:
 
 def _features(patches: Tensor, tokens: Tensor, token_mask: Tensor | None) -> tuple[int, ...]:
     M, D = tokens.shape[1:]
-    return patches.data_ptr(), tokens.data_ptr(), _DTYPES[patches.dtype], M, D, _address(token_mask)
+    return patches.data_ptr(), tokens.data_ptr(), DTYPES[patches.dtype], M, D, _address(token_mask)
 
 
 def _address(x: Tensor | None) -> int:

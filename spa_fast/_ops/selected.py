@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spa_fast._checks import accumulate_dtype
 from spa_fast.reference import similarity as reference
 
 
@@ -19,11 +20,8 @@ def selected_sim(
 
 
 @selected_sim.register_fake
-def _(
-    patches: Tensor, tokens: Tensor, indices: Tensor, patch_mask: Tensor | None, token_mask: Tensor | None
-) -> Tensor:
-    acc = torch.float64 if patches.dtype == torch.float64 else torch.float32
-    return patches.new_empty(*indices.shape, tokens.shape[1], dtype=acc)
+def _(patches: Tensor, tokens: Tensor, indices: Tensor, *masks: Tensor | None) -> Tensor:
+    return patches.new_empty(*indices.shape, tokens.shape[1], dtype=accumulate_dtype(patches))
 
 
 @torch.library.custom_op("spa_fast::_selected_sim_bwd", mutates_args=())
@@ -44,20 +42,22 @@ def selected_sim_bwd(
 
 
 @selected_sim_bwd.register_fake
-def _(
-    grad_sim: Tensor,
-    patches: Tensor,
-    tokens: Tensor,
-    indices: Tensor,
-    patch_mask: Tensor | None,
-    token_mask: Tensor | None,
-    need_patches: bool,
-    need_tokens: bool,
+def _(grad_sim: Tensor, patches: Tensor, tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_grads(patches, tokens, *rest[-2:])
+
+
+def empty_grads(
+    patches: Tensor, tokens: Tensor, need_patches: bool, need_tokens: bool
 ) -> tuple[Tensor, Tensor]:
+    """Fake gradients; an unneeded one has size 0."""
     return (
         patches.new_empty(patches.shape if need_patches else (0,)),
         tokens.new_empty(tokens.shape if need_tokens else (0,)),
     )
+
+
+def needed(grads: tuple[Tensor, Tensor], need: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if on else None for grad, on in zip(grads, need, strict=True))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -67,7 +67,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_sim: Tensor) -> tuple[Tensor | None, ...]:
     need = ctx.needs_input_grad[:2]
     grads = selected_sim_bwd(grad_sim.contiguous(), *ctx.saved_tensors, *need)
-    return *(grad if on else None for grad, on in zip(grads, need, strict=True)), None, None, None
+    return *needed(grads, need), None, None, None
 
 
 selected_sim.register_autograd(_backward, setup_context=_save)

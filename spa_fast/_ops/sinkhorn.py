@@ -48,18 +48,7 @@ def _flat(cost: Tensor) -> Tensor:
 
 
 @sinkhorn_fwd.register_fake
-def _(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    eps: float,
-    max_iter: int,
-    tol: float,
-    value: bool,
-    grad: str,
-    backend: str,
-    similarity: bool = False,
-) -> Outputs:
+def _(cost: Tensor, *rest: Any) -> Outputs:
     return empty_outputs(cost)
 
 
@@ -94,40 +83,14 @@ def sinkhorn_bwd(
     return _reference_bwd(grad_score, cost, a, b, f, g, n_iter, eps, value, grad, similarity)
 
 
-def _reference_bwd(
-    grad_score: Tensor,
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    f: Tensor,
-    g: Tensor,
-    n_iter: Tensor,
-    eps: float,
-    value: bool,
-    grad: str,
-    similarity: bool,
-) -> Tensor:
-    out = reference.sinkhorn_bwd(
-        grad_score, _flat(cost), a, b, f, g, n_iter, eps, value, grad, similarity
-    ).view(problems(cost).shape)
+def _reference_bwd(grad_score: Tensor, cost: Tensor, *rest: Any) -> Tensor:
+    """`rest` as `reference.sinkhorn_bwd` takes it."""
+    out = reference.sinkhorn_bwd(grad_score, _flat(cost), *rest).view(problems(cost).shape)
     return out.transpose(1, 2).contiguous() if cost.dim() == 4 else out
 
 
 @sinkhorn_bwd.register_fake
-def _(
-    grad_score: Tensor,
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    f: Tensor,
-    g: Tensor,
-    n_iter: Tensor,
-    eps: float,
-    value: bool,
-    grad: str,
-    backend: str = "reference",
-    similarity: bool = False,
-) -> Tensor:
+def _(grad_score: Tensor, cost: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(cost, memory_format=torch.contiguous_format)
 
 
@@ -140,9 +103,7 @@ def sinkhorn_plan(
 
 
 @sinkhorn_plan.register_fake
-def _(
-    cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float, similarity: bool = False
-) -> Tensor:
+def _(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, *rest: Any) -> Tensor:
     return f.new_empty(sizes(cost))
 
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from spa_fast import _native
+from spa_fast._checks import accumulate_dtype
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-_COST_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# The numbers of CostType in csrc/sinkhorn.h.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def native_fwd(
@@ -23,7 +25,7 @@ def native_fwd(
     score, f, g, n_iter, error = out
     extension.sinkhorn_fwd(
         cost.data_ptr(),
-        _COST_TYPES[cost.dtype],
+        DTYPES[cost.dtype],
         *_weights(a),
         *_weights(b),
         *sizes(cost),
@@ -51,7 +53,7 @@ def native_bwd(
     extension.sinkhorn_bwd(
         grad_score.data_ptr(),
         cost.data_ptr(),
-        _COST_TYPES[cost.dtype],
+        DTYPES[cost.dtype],
         *_weights(a),
         *_weights(b),
         f.data_ptr(),
@@ -89,7 +91,7 @@ def sizes(cost: Tensor) -> tuple[int, int, int]:
 
 def empty_outputs(cost: Tensor) -> Outputs:
     P, K, M = sizes(cost)
-    acc = torch.float64 if cost.dtype == torch.float64 else torch.float32
+    acc = accumulate_dtype(cost)
     return (
         cost.new_empty(P, dtype=acc),
         cost.new_empty(P, K, dtype=acc),

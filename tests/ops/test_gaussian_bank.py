@@ -325,7 +325,7 @@ def test_memory_of_100_classes_of_512(dtype, packed, live):
     bank.sample(1)
     # Factor and fp32 means are what draws read.
     held = bank._store.held
-    assert held_bytes(held) <= packed
+    assert 0.9 * packed <= held_bytes(held) <= packed
     assert held_bytes(bank) <= live
     bank.freeze()
     assert held_bytes(bank._store.held) <= packed

@@ -357,9 +357,17 @@ def test_plan_for_a_pair(masked, solver):
         assert not got.plan.requires_grad
         torch.testing.assert_close(got.plan, want.plan[0, 0], rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(got.score, out.scores[i, c].detach(), rtol=1e-8, atol=1e-10)
-    for bad in ((3, 0), (-1, 0), (0, 4)):
-        with pytest.raises(ValueError, match="expected 0 <="):
+    for name, *bad in (("i", 3, 0), ("i", -1, 0), ("c", 0, 4)):
+        with pytest.raises(ValueError, match=f"{name}: expected 0 <= {name} <"):
             out.plan_for(*bad)
+    for bad, message in (
+        ((0.5, 0), "i: expected an integer, got float"),
+        ((None, 0), "i: expected an integer, got NoneType"),
+        ((0, "1"), "c: expected an integer, got str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            out.plan_for(*bad)
+    assert torch.equal(out.plan_for(torch.tensor(2), torch.tensor(3)).plan, got.plan)
 
 
 def test_ragged_tokens_equal_a_mask():
