@@ -1,9 +1,9 @@
 #include "patches.h"
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "patches_lanes.h"
 #include "team.h"
@@ -44,12 +44,14 @@ void check_solvable(int64_t k, int64_t M, double eps) {
     if (!(eps > 0)) throw std::invalid_argument("expected eps > 0");
 }
 
-std::vector<float> token_norms(const Features& features, int64_t C, int threads, const PatchKernel& kernel) {
+// `of` each class's tokens, `row` numbers a token: their inverse norms, or they themselves at norm 1.
+std::unique_ptr<float[]> of_tokens(decltype(PatchKernel::unit_rows) of, int64_t row, const Features& features,
+                                   int64_t C, int threads) {
     const int64_t M = features.M, D = features.D, bytes = features.type == CostType::f32 ? 4 : 2;
-    std::vector<float> out(C * M);
+    std::unique_ptr<float[]> out(new float[C * M * row]);
     run_team(C, threads, 0, [&](int64_t c, char*) {
-        kernel.inverse_norms(static_cast<const char*>(features.tokens) + c * M * D * bytes, features.type,
-                             features.token_mask ? features.token_mask + c * M : nullptr, M, D, out.data() + c * M);
+        of(static_cast<const char*>(features.tokens) + c * M * D * bytes, features.type,
+           features.token_mask ? features.token_mask + c * M : nullptr, M, D, out.get() + c * M * row);
     });
     return out;
 }
@@ -74,9 +76,9 @@ void topk_patches(const TopkPatchesArgs& args, int threads, Isa isa) {
     check(args.B, args.N, args.C, args.k, args.by, isa);
     if (args.B == 0 || args.C == 0) return;
     const PatchKernel& kernel = kernel_of(isa);
-    const std::vector<float> norms = token_norms(args.by, args.C, threads, kernel);
+    const auto tokens = of_tokens(kernel.unit_rows, unit_stride(args.by.D), args.by, args.C, threads);
     over_parts(args, threads, kernel.lanes, kernel.topk_bytes(args),
-               [&](const PatchPart& part, char* memory) { kernel.topk(args, part, norms.data(), memory); });
+               [&](const PatchPart& part, char* memory) { kernel.topk(args, part, tokens.get(), memory); });
 }
 
 void spa_scores_fwd(const SpaScoresArgs& args, int threads, Isa isa) {
@@ -87,11 +89,12 @@ void spa_scores_fwd(const SpaScoresArgs& args, int threads, Isa isa) {
     if (args.max_iter < 1 || !(args.tol >= 0)) throw std::invalid_argument("expected max_iter >= 1, tol >= 0");
     if (args.B == 0 || args.C == 0) return;
     const PatchKernel& kernel = kernel_of(isa);
-    const std::vector<float> norms = token_norms(args.by, args.C, threads, kernel);
-    std::vector<float> aligned;
-    if (apart) aligned = token_norms(args.aligned, args.C, threads, kernel);
+    const auto tokens = of_tokens(kernel.unit_rows, unit_stride(args.by.D), args.by, args.C, threads);
+    std::unique_ptr<float[]> aligned;
+    if (apart)
+        aligned = of_tokens(kernel.unit_rows, unit_stride(args.aligned.D), args.aligned, args.C, threads);
     over_parts(args, threads, kernel.lanes, kernel.scores_bytes(args), [&](const PatchPart& part, char* memory) {
-        kernel.scores(args, part, norms.data(), aligned.data(), memory);
+        kernel.scores(args, part, tokens.get(), aligned.get(), memory);
     });
 }
 
@@ -101,7 +104,7 @@ void spa_scores_bwd(const SpaScoresGradArgs& args, int threads, Isa isa) {
     if (args.B == 0 || args.C == 0) return;
     const PatchKernel& lanes = kernel_of(isa);
     const PatchGradKernel& kernel = grad_of(isa);
-    const std::vector<float> norms = token_norms(args.aligned, args.C, threads, lanes);
+    const auto norms = of_tokens(lanes.inverse_norms, 1, args.aligned, args.C, threads);
     const int64_t width = (args.aligned.D + lanes.lanes - 1) / lanes.lanes * lanes.lanes;
     const int64_t unit = args.N * width, grad = args.C * args.k * args.aligned.M;
     const int64_t images = std::min(args.B, std::max<int64_t>(1, kChunk / std::max(unit, grad)));
@@ -110,7 +113,7 @@ void spa_scores_bwd(const SpaScoresGradArgs& args, int threads, Isa isa) {
     for (int64_t first = 0; first < args.B; first += images) {
         const int64_t last = std::min(args.B, first + images);
         float* const inverse = memory.get() + images * unit;
-        const GradChunk chunk{first, last, memory.get(), inverse, inverse + images * args.N, norms.data()};
+        const GradChunk chunk{first, last, memory.get(), inverse, inverse + images * args.N, norms.get()};
         run_team(last - first, threads, bytes,
                  [&](int64_t index, char* space) { kernel.patches(args, chunk, first + index, space); });
         if (args.grad_tokens)

@@ -7,8 +7,8 @@
 // tokens take no part in the reduction, nor a class without any in max_c; masked patches are selected after all others,
 // in order of index, and have no weight. Without any patch or token left the score is 0.
 // Threads and exceptions as sinkhorn_fwd. Results depend neither on threads nor on B and C, bit for bit (gradients sum
-// over classes or images, in their order). Extra memory is an image at norm 1, tiles and a solver's workspace for each
-// thread, a few MB, and a number for each token; for the gradient 16 MB of images at norm 1 and 16 MB of gradients of
+// over classes or images, in their order). Extra memory is the tokens at norm 1, and for each thread an image at norm 1,
+// tiles and a solver's workspace, a few MB; for the gradient 16 MB of images at norm 1 and 16 MB of gradients of
 // similarities, or those of one image.
 #pragma once
 

@@ -13,7 +13,7 @@ namespace {
 
 const LaneSolver& solver = SPA_FAST_NAME(lanes_, SPA_FAST_ISA);
 
-constexpr int64_t kPad = 16;  // keeps rows of a power of two in different sets of the L1 cache
+constexpr int64_t kPad = 16;  // as in unit_stride
 
 int64_t vectors(int64_t n) { return (n + W - 1) / W; }
 
@@ -21,23 +21,21 @@ int64_t vectors(int64_t n) { return (n + W - 1) / W; }
 struct Selector {
     const SelectionArgs& args;
     int64_t image, block;  // classes multiplied at a time
-    int64_t row, tile_row;
+    int64_t tile_row;
     F *groups, *relevance, *best;
     I* keys;
-    float *norms, *rows, *tile;
+    float *norms, *tile;
     int32_t *number, *key, *chosen, *column;
 
     Selector(Arena& arena, const SelectionArgs& given, int64_t image_) : args(given), image(image_) {
         const int64_t M = args.by.M, n = vectors(args.N), side = args.N + W;
         block = M < kBlock ? kBlock / M : 1;
-        row = padded(args.by.D) + kPad;
         tile_row = n * W + kPad;
         groups = arena.take<F>(n * args.by.D);
         relevance = arena.take<F>(n);
         best = arena.take<F>(n);
         keys = arena.take<I>(n);
         norms = arena.take<float>(args.N);
-        rows = arena.take<float>(block * M * row);
         tile = arena.take<float>(block * M * tile_row);
         int32_t** const numbers[] = {&number, &key, &chosen, &column};
         for (int32_t** piece : numbers) *piece = arena.take<int32_t>(side);
@@ -54,12 +52,11 @@ struct Selector {
 
     // use(c, similarities [M, count] of class c, a row of which is tile_row long); `relevance` is reduced from them.
     template <class Use>
-    void over_classes(const PatchPart& part, const float* token_norms, int64_t count, const Use& use) {
-        const int64_t M = args.by.M, D = args.by.D;
+    void over_classes(const PatchPart& part, const float* tokens, int64_t count, const Use& use) {
+        const int64_t M = args.by.M, D = args.by.D, row = unit_stride(D);
         for (int64_t c = part.first_class; c < part.last_class; c += block) {
             const int64_t n = part.last_class - c < block ? part.last_class - c : block;
-            unit_rows(args.by.tokens, args.by.type, c * M, n * M, D, token_norms + c * M, rows, row);
-            multiply(rows, row, 1, n * M, groups, vectors(count), D, tile, tile_row);
+            multiply(tokens + c * M * row, row, 1, n * M, groups, vectors(count), D, tile, tile_row);
             for (int64_t i = 0; i < n; ++i) {
                 const float* const similarities = tile + i * M * tile_row;
                 reduce_tokens(similarities, tile_row, M, token_mask(c + i), vectors(count), args.reduce, relevance);
@@ -86,21 +83,21 @@ struct Selector {
 
     // use(c, similarities, column): kept patch i is in lane column[i]; `chosen` tells which it is.
     template <class Use>
-    void run(const PatchPart& part, const float* token_norms, const Use& use) {
+    void run(const PatchPart& part, const float* tokens, const Use& use) {
         const int64_t N = args.N;
         inverse_norms(static_cast<const char*>(args.by.patches) +
                           image * N * args.by.D * (args.by.type == CostType::f32 ? 4 : 2),
                       args.by.type, mask(), N, args.by.D, norms);
         pack(nullptr, N);
         if (args.class_conditional) {
-            over_classes(part, token_norms, N, [&](int64_t c, const float* similarities) {
+            over_classes(part, tokens, N, [&](int64_t c, const float* similarities) {
                 choose(relevance);
                 use(c, similarities, chosen);
             });
             return;
         }
         for (int64_t g = 0; g < vectors(N); ++g) best[g] = splat<F>(-kInf);
-        over_classes(part, token_norms, N, [&](int64_t c, const float*) {
+        over_classes(part, tokens, N, [&](int64_t c, const float*) {
             if (count_of(token_mask(c), args.by.M) == 0) return;
             for (int64_t g = 0; g < vectors(N); ++g)
                 best[g] = ((relevance[g] > best[g]) | (relevance[g] != relevance[g])) ? relevance[g] : best[g];
@@ -108,7 +105,7 @@ struct Selector {
         choose(best);
         pack(chosen, args.k);
         for (int32_t i = 0; i < args.k; ++i) column[i] = i;
-        over_classes(part, token_norms, args.k,
+        over_classes(part, tokens, args.k,
                      [&](int64_t c, const float* similarities) { use(c, similarities, column); });
     }
 };
@@ -119,11 +116,11 @@ int64_t topk_bytes(const TopkPatchesArgs& args) {
     return arena.used;
 }
 
-void topk(const TopkPatchesArgs& args, const PatchPart& part, const float* token_norms, void* workspace) {
+void topk(const TopkPatchesArgs& args, const PatchPart& part, const float* tokens, void* workspace) {
     Arena arena{static_cast<char*>(workspace)};
     Selector selector(arena, args, part.image);
     const int64_t M = args.by.M, k = args.k;
-    selector.run(part, token_norms, [&](int64_t c, const float* similarities, const int32_t* column) {
+    selector.run(part, tokens, [&](int64_t c, const float* similarities, const int32_t* column) {
         selector.write_indices(c);
         const float* const r = reinterpret_cast<const float*>(selector.relevance);
         const bool* const mask = selector.token_mask(c);
@@ -148,7 +145,7 @@ struct Aligner {
     int64_t image, M, pending = 0;
     int64_t unit_row;
     float *sim, *a, *b, *marginal_error;
-    float *unit, *norms, *tokens;  // of the aligned features, where they are others
+    float *unit, *norms;  // of the aligned features, where they are others
     F* sums;
     const float** kept;
     void* solver_memory;
@@ -162,10 +159,9 @@ struct Aligner {
         marginal_error = arena.take<float>(W);
         solver_memory = arena.take<char>(solver.workspace_bytes(k, M));
         if (!apart()) return;
-        unit_row = padded(args.aligned.D) + kPad;
+        unit_row = unit_stride(args.aligned.D);
         unit = arena.take<float>(args.N * unit_row);
         norms = arena.take<float>(args.N);
-        tokens = arena.take<float>(M * unit_row);
         sums = arena.take<F>(kDotRows * M);
         kept = arena.take<const float*>(k);
     }
@@ -186,15 +182,13 @@ struct Aligner {
     }
 
     void add(int64_t c, const Selector& selector, const float* similarities, const int32_t* column,
-             const float* aligned_norms) {
+             const float* aligned_tokens) {
         const int64_t k = args.k;
         const int64_t* const indices = selector.write_indices(c);
         float* const to = sim + pending * k * M;
         if (apart()) {
-            const Features& from = args.aligned;
-            unit_rows(from.tokens, from.type, c * M, M, from.D, aligned_norms + c * M, tokens, unit_row);
             for (int64_t i = 0; i < k; ++i) kept[i] = unit + indices[i] * unit_row;
-            dots(kept, k, tokens, unit_row, M, padded(from.D), sums, to);
+            dots(kept, k, aligned_tokens + c * M * unit_row, unit_row, M, padded(args.aligned.D), sums, to);
         } else {
             for (int64_t j = 0; j < M; ++j)
                 for (int64_t i = 0; i < k; ++i) to[i * M + j] = similarities[j * selector.tile_row + column[i]];
@@ -230,21 +224,29 @@ int64_t scores_bytes(const SpaScoresArgs& args) {
     return arena.used;
 }
 
-void scores(const SpaScoresArgs& args, const PatchPart& part, const float* token_norms, const float* aligned_norms,
+void scores(const SpaScoresArgs& args, const PatchPart& part, const float* tokens, const float* aligned_tokens,
             void* workspace) {
     Arena arena{static_cast<char*>(workspace)};
     Selector selector(arena, args, part.image);
     Aligner aligner(arena, args, part.image);
     aligner.begin();
-    selector.run(part, token_norms, [&](int64_t c, const float* similarities, const int32_t* column) {
-        aligner.add(c, selector, similarities, column, aligned_norms);
+    selector.run(part, tokens, [&](int64_t c, const float* similarities, const int32_t* column) {
+        aligner.add(c, selector, similarities, column, aligned_tokens);
     });
     aligner.solve(part.last_class);
+}
+
+void tokens_at_norm_1(const void* rows, CostType type, const bool* mask, int64_t count, int64_t width, float* out) {
+    for (int64_t i = 0; i < count; ++i)
+        with_row(rows, type, i, width, [&](auto row) {
+            const float inverse = mask && !mask[i] ? 0 : inverse_norm(row, width);
+            unit_rows(row, type, 0, 1, width, &inverse, out + i * unit_stride(width), 0);
+        });
 }
 
 }  // namespace
 
 extern const PatchKernel SPA_FAST_NAME(patches_, SPA_FAST_ISA);
-const PatchKernel SPA_FAST_NAME(patches_, SPA_FAST_ISA) = {W, inverse_norms, topk_bytes, topk, scores_bytes, scores};
+const PatchKernel SPA_FAST_NAME(patches_, SPA_FAST_ISA) = {W, inverse_norms, tokens_at_norm_1, topk_bytes, topk, scores_bytes, scores};
 
 }  // namespace spa_fast

@@ -18,16 +18,21 @@ struct GradChunk {
     const float* token_norms;
 };
 
+// Numbers from one row at norm 1 to the next: rows of a power of two would share few sets of the L1 cache.
+constexpr int64_t unit_stride(int64_t width) { return (width + 15) / 16 * 16 + 16; }
+
 struct PatchKernel {
     int64_t lanes;
     // 1 / |row| of `count` contiguous rows, 0 where the mask is false.
     void (*inverse_norms)(const void* rows, CostType type, const bool* mask, int64_t count, int64_t width, float* out);
-    // Workspaces: multiples of 64 bytes.
+    // The same rows at norm 1, unit_stride(width) apart, zeros after them to a multiple of a vector.
+    void (*unit_rows)(const void* rows, CostType type, const bool* mask, int64_t count, int64_t width, float* out);
+    // Tokens at norm 1, as unit_rows leaves them. Workspaces: multiples of 64 bytes.
     int64_t (*topk_bytes)(const TopkPatchesArgs& args);
-    void (*topk)(const TopkPatchesArgs& args, const PatchPart& part, const float* token_norms, void* workspace);
+    void (*topk)(const TopkPatchesArgs& args, const PatchPart& part, const float* tokens, void* workspace);
     int64_t (*scores_bytes)(const SpaScoresArgs& args);
-    void (*scores)(const SpaScoresArgs& args, const PatchPart& part, const float* token_norms,
-                   const float* aligned_norms, void* workspace);
+    void (*scores)(const SpaScoresArgs& args, const PatchPart& part, const float* tokens, const float* aligned_tokens,
+                   void* workspace);
 };
 
 struct PatchGradKernel {

@@ -32,7 +32,7 @@ double cost(int64_t lane_count, int64_t row_count, int64_t width, int64_t lanes)
 }  // namespace
 
 void similarity(const SimilarityArgs& args, int threads, Isa isa) {
-    const int64_t R = args.x.count, Q = args.y.count, D = args.D;
+    const int64_t R = args.x.count, Q = args.y.count, D = args.D, panel = panel_width(args);
     if (args.P < 0 || R < 0 || Q < 0 || D < 0) throw std::invalid_argument("expected x [P, R, D] and y [P, Q, D]");
     if (!isa_usable(isa)) throw std::invalid_argument(std::string("instruction set not usable here: ") + isa_name(isa));
     if (args.P == 0 || R == 0 || Q == 0) return;
@@ -47,7 +47,7 @@ void similarity(const SimilarityArgs& args, int threads, Isa isa) {
     const int64_t lane_count = x_in_lanes ? R : Q, row_count = x_in_lanes ? Q : R;
     const int64_t groups = (lane_count + W - 1) / W;
     // A multiple of 6 groups leaves no narrow tile but in the last block.
-    const int64_t fitting = std::max<int64_t>(1, kPacked / (W * std::max<int64_t>(D, 1)));
+    const int64_t fitting = std::max<int64_t>(1, kPacked / (W * std::max<int64_t>(panel, 1)));
     const int64_t block = std::min(groups, fitting >= 6 ? fitting / 6 * 6 : fitting) * W;
     const int64_t blocks = (lane_count + block - 1) / block;
     const int64_t wanted = threads > 1 ? (4 * threads - 1) / (blocks * args.P) + 1 : 1;
@@ -60,7 +60,7 @@ void similarity(const SimilarityArgs& args, int threads, Isa isa) {
                     std::min(row_count, row + rows)},
                    memory);
     };
-    run_team(args.P * blocks * splits, threads, kernel.workspace_bytes(std::min(block, lane_count), D), part);
+    run_team(args.P * blocks * splits, threads, kernel.workspace_bytes(std::min(block, lane_count), panel), part);
 }
 
 }  // namespace spa_fast

@@ -25,7 +25,7 @@ struct SimilarityArgs {
     float* out;      // [P, x.count, y.count] contiguous
 };
 
-// Threads and exceptions as sinkhorn_fwd. A thread's workspace: half a megabyte, or W rows where D > 8192, and 48 rows.
+// Threads and exceptions as sinkhorn_fwd. A thread's workspace: half a megabyte, or W rows to normalise of D > 8192, and 48 rows.
 void similarity(const SimilarityArgs& args, int threads, Isa isa);
 
 }  // namespace spa_fast

@@ -39,11 +39,11 @@ const S* row(const Rows& from, int64_t product, int64_t index) {
 }
 
 template <class S>
-void pack(const SimilarityArgs& args, const Rows& from, const S* rows, int64_t count, F* out) {
-    for (int64_t start = 0; start < count; start += W, out += args.D) {
+void pack(const SimilarityArgs& args, const Rows& from, const S* rows, int64_t count, int64_t width, F* out) {
+    for (int64_t start = 0; start < count; start += W, out += width) {
         const int64_t n = count - start < W ? count - start : W;
         if (from.step != 1) {
-            pack_columns(rows + start, from.step, n, args.D, out, 1);
+            pack_columns(rows + start, from.step, n, width, out, 1);
             continue;
         }
         int64_t offset[W];
@@ -52,7 +52,7 @@ void pack(const SimilarityArgs& args, const Rows& from, const S* rows, int64_t c
             offset[l] = (start + (l < n ? l : n - 1)) * from.stride;
             if (l < n) inverse[l] = factor(args, rows + offset[l]);
         }
-        pack_group(rows, offset, inverse, args.D, out);
+        pack_group(rows, offset, inverse, width, out);
     }
 }
 
@@ -63,11 +63,12 @@ struct Block {
 };
 
 template <class S>
-Block block(const SimilarityArgs& args, const Rows& from, const S* rows, int64_t count, const Workspace& space) {
+Block block(const SimilarityArgs& args, const Rows& from, const S* rows, int64_t count, int64_t width,
+            const Workspace& space) {
     if (from.step != 1) {
         if (sizeof(S) == sizeof(float)) return {reinterpret_cast<const float*>(rows), from.stride, from.step};
         for (int64_t start = 0; start < count; start += W)
-            pack_columns(rows + start, from.step, count - start < W ? count - start : W, args.D,
+            pack_columns(rows + start, from.step, count - start < W ? count - start : W, width,
                          reinterpret_cast<F*>(space.rows) + start / W, kBlock / W);
         return {space.rows, 1, kBlock};
     }
@@ -75,36 +76,37 @@ Block block(const SimilarityArgs& args, const Rows& from, const S* rows, int64_t
         return {reinterpret_cast<const float*>(rows), from.stride, 1};
     for (int64_t r = 0; r < count; ++r) {
         const S* const of = rows + r * from.stride;
-        scale_row(of, factor(args, of), args.D, space.rows + r * space.rows_row);
+        scale_row(of, factor(args, of), width, space.rows + r * space.rows_row);
     }
     return {space.rows, space.rows_row, 1};
 }
 
-// tile [count, lanes] to out [count, lanes], a row of which is `stride` long.
-void write_rows(const float* tile, int64_t tile_row, int64_t count, int64_t lanes, float* out, int64_t stride) {
-    for (int64_t r = 0; r < count; ++r) {
-        const float* const from = tile + r * tile_row;
-        float* const to = out + r * stride;
-        int64_t l = 0;
-        for (; l + W <= lanes; l += W) store(to + l, load<F>(from + l));
-        if (l < lanes) narrow(to + l, load<F>(from + l), lanes - l);
-    }
+// x to `count` <= W numbers at `to`, or added to them.
+inline void put(float* to, F x, int64_t count, bool begin) {
+    if (count == W)
+        store(to, begin ? x : load<F>(to) + x);
+    else
+        narrow(to, begin ? x : widen(to, count) + x, count);
+}
+
+// tile [count, lanes] to, or added to, out [count, lanes], a row of which is `stride` long.
+void write_rows(const float* tile, int64_t tile_row, int64_t count, int64_t lanes, float* out, int64_t stride,
+                bool begin) {
+    for (int64_t r = 0; r < count; ++r)
+        for (int64_t l = 0; l < lanes; l += W)
+            put(out + r * stride + l, load<F>(tile + r * tile_row + l), lanes - l < W ? lanes - l : W, begin);
 }
 
 // The same to out [lanes, count].
-void write_transposed(const float* tile, int64_t tile_row, int64_t count, int64_t lanes, float* out, int64_t stride) {
+void write_transposed(const float* tile, int64_t tile_row, int64_t count, int64_t lanes, float* out, int64_t stride,
+                      bool begin) {
     for (int64_t l = 0; l < lanes; l += W)
         for (int64_t r = 0; r < count; r += W) {
             F square[W];
             for (int64_t i = 0; i < W; ++i) square[i] = load<F>(tile + (r + i) * tile_row + l);
             transpose(square);
-            for (int64_t i = 0; i < W && l + i < lanes; ++i) {
-                float* const to = out + (l + i) * stride + r;
-                if (count - r < W)
-                    narrow(to, square[i], count - r);
-                else
-                    store(to, square[i]);
-            }
+            for (int64_t i = 0; i < W && l + i < lanes; ++i)
+                put(out + (l + i) * stride + r, square[i], count - r < W ? count - r : W, begin);
         }
 }
 
@@ -113,20 +115,29 @@ void solve(const SimilarityArgs& args, const SimilarityPart& part, void* memory)
     const Rows& lanes = part.x_in_lanes ? args.x : args.y;
     const Rows& rows = part.x_in_lanes ? args.y : args.x;
     const int64_t lane_count = part.last_lane - part.first_lane, stride = args.y.count;
-    const Workspace space(memory, lane_count, args.D);
-    pack(args, lanes, row<S>(lanes, part.product, part.first_lane), lane_count, space.groups);
+    const int64_t panel = panel_width(args);
+    const Workspace space(memory, lane_count, panel);
     float* const out = args.out + part.product * args.x.count * stride;
-    for (int64_t first = part.first_row; first < part.last_row; first += kBlock) {
-        const int64_t count = part.last_row - first < kBlock ? part.last_row - first : kBlock;
-        const Block from = block(args, rows, row<S>(rows, part.product, first), count, space);
-        multiply(from.data, from.row, from.step, count, space.groups, (lane_count + W - 1) / W, args.D, space.tile,
-                 space.tile_row);
-        if (part.x_in_lanes)
-            write_transposed(space.tile, space.tile_row, count, lane_count, out + part.first_lane * stride + first,
-                             stride);
-        else
-            write_rows(space.tile, space.tile_row, count, lane_count, out + first * stride + part.first_lane, stride);
-    }
+    int64_t d = 0;
+    do {
+        const int64_t width = args.D - d < panel ? args.D - d : panel;
+        pack(args, lanes, row<S>(lanes, part.product, part.first_lane) + d * lanes.step, lane_count, width,
+             space.groups);
+        for (int64_t first = part.first_row; first < part.last_row; first += kBlock) {
+            const int64_t count = part.last_row - first < kBlock ? part.last_row - first : kBlock;
+            const S* const numbers = row<S>(rows, part.product, first) + d * rows.step;
+            const Block from = block(args, rows, numbers, count, width, space);
+            multiply(from.data, from.row, from.step, count, space.groups, (lane_count + W - 1) / W, width, space.tile,
+                     space.tile_row);
+            if (part.x_in_lanes)
+                write_transposed(space.tile, space.tile_row, count, lane_count,
+                                 out + part.first_lane * stride + first, stride, d == 0);
+            else
+                write_rows(space.tile, space.tile_row, count, lane_count, out + first * stride + part.first_lane,
+                           stride, d == 0);
+        }
+        d += panel;
+    } while (d < args.D);
 }
 
 void run(const SimilarityArgs& args, const SimilarityPart& part, void* workspace) {

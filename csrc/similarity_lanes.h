@@ -5,6 +5,13 @@
 
 namespace spa_fast {
 
+// Of long rows so many numbers are packed and multiplied at a time, that lanes of many rows fit the L2 cache. Rows that
+// are normalised are packed whole.
+constexpr int64_t kPanel = 1024;
+inline int64_t panel_width(const SimilarityArgs& args) {
+    return args.normalize || args.D < kPanel ? args.D : kPanel;
+}
+
 // Of one product: lanes first_lane to last_lane - 1 of one operand with rows first_row to last_row - 1 of the other.
 struct SimilarityPart {
     int64_t product;

@@ -23,7 +23,7 @@ LAYERS = [
     {"_backends", "_aliases"},
     {"_ops"},
     {"_features", "_bank"},
-    {"transport", "gaussian"},
+    {"transport", "gaussian", "project"},
     {"patches", "bank"},
     {"align", "compat"},
     {"cil"},

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from spa_fast.project import project
 
 Form = Literal["residual_zero", "linear", "identity_first", "mlp"]
 Aggregate = Literal["sum", "mean", "latest"]
@@ -26,16 +27,24 @@ class ProjectorBank(nn.Module):
         form: see above.
         bias: whether projectors have one.
         aggregate: `sum` over tasks, their `mean`, or only the `latest`.
+        backend: as in `project`.
     """
 
     def __init__(
-        self, width: int, *, form: Form = "residual_zero", bias: bool = True, aggregate: Aggregate = "sum"
+        self,
+        width: int,
+        *,
+        form: Form = "residual_zero",
+        bias: bool = True,
+        aggregate: Aggregate = "sum",
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.width = width
         self.form = form
         self.bias = bias
         self.aggregate = aggregate
+        self.backend = backend
         self.tasks = nn.ModuleList()
 
     def add_task(self) -> None:
@@ -78,7 +87,7 @@ class ProjectorBank(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         if self.form != "mlp":
-            return F.linear(z, *self.fold())
+            return project(z, *self.fold(), backend=self.backend)
         out = z
         for layer in self._used():
             out = out + self._share() * layer(z)

@@ -39,7 +39,11 @@ class Spa(Method):
     def __init__(self, config: SpaConfig, width: int, logit_scale: float, seed: int = 1) -> None:
         def projectors() -> ProjectorBank:
             return ProjectorBank(
-                width, form=config.projector, bias=config.projector_bias, aggregate=config.projector_aggregate
+                width,
+                form=config.projector,
+                bias=config.projector_bias,
+                aggregate=config.projector_aggregate,
+                backend=config.backend,
             )
 
         self.config = config
