@@ -1,6 +1,8 @@
 """Damage, crashes, full disks, second writers: what is stored stays whole, what is bad is rebuilt alone."""
 
 import contextlib
+import fcntl
+import json
 import os
 import resource
 import shutil
@@ -23,6 +25,7 @@ from spa_fast.cil.data.cache_folders import cache_clear
 from spa_fast.cil.data.datasets import read_image_folders
 from spa_fast.cil.errors import RunError
 from spa_fast.cil.loading import load_backbone
+from spa_fast.cil.lock import holder
 from spa_fast.cli import main
 
 
@@ -118,6 +121,74 @@ def test_a_flipped_bit_anywhere(full, make):
     rebuilt_alone(make(), before, sums, shard.name, bad[-1])
 
 
+@pytest.mark.parametrize("name", ["train-0002-*", "test-0001-*"])
+def test_the_next_run_mends_what_verify_names(name, colours, backbone_config, tmp_path, capsys, monkeypatch):
+    root, calls, real = tmp_path / "features", [], Backbone.encode_images
+    monkeypatch.setattr(Backbone, "encode_images", lambda *a: calls.append(len(a[1])) or real(*a))
+    args = [
+        "train",
+        "--data",
+        str(colours[0]),
+        "--descriptions",
+        str(colours[1]),
+        "--k",
+        "4",
+        "--epochs",
+        "1",
+    ]
+    args += ["--backbone", f"config:{backbone_config}", "--cache", str(root), "--out"]
+    verify = ["cache", "verify", "--cache", str(root)]
+    assert main([*args, str(tmp_path / "a")]) == 0
+    [shard] = root.glob(f"*/*/{name}")
+    before = {file: file.stat().st_mtime_ns for file in root.rglob("*.safetensors")}
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    capsys.readouterr()
+    assert main(verify) == 1
+    said = capsys.readouterr().out
+    assert f"{shard}: its checksum differs" in said
+    assert f"1 of {len(before)} shards cannot be used; nothing was changed" in said
+    assert "the next train or eval with the same data" in said
+    assert shard.read_bytes() == damaged
+    calls.clear()
+    assert main([*args, str(tmp_path / "b")]) == 0
+    assert f"{shard.name}: its checksum differs; extracted again" in capsys.readouterr().out
+    assert calls == [6 if name.startswith("train") else 3]
+    after = {file: file.stat().st_mtime_ns for file in root.rglob("*.safetensors")}
+    assert [file for file in before if after[file] != before[file]] == [shard]
+    assert main(verify) == 0
+    results = [json.loads((tmp_path / run / "results.json").read_text())["matrix"] for run in "ab"]
+    assert results[0] == results[1]
+
+
+def test_a_damaged_text_shard_is_named_and_encoded_again(full, make):
+    kept = full.texts.encode(["a wing"])
+    [shard] = full.texts.shards.path.glob("*.safetensors")
+    damaged = bytearray(shard.read_bytes())
+    damaged[-3] ^= 1
+    shard.write_bytes(damaged)
+    later = make()
+    assert torch.equal(later.texts.encode(["a wing"]), kept)
+    assert later.said == [f"feature cache: {shard}: its checksum differs; encoded again"]
+    assert torch.equal(make().texts.encode(["a wing"]), kept)
+    assert len(later.said) == 1
+
+
+def test_a_damaged_description_is_named_and_mended(full, make, capsys):
+    about = full.folder / shards.ABOUT
+    before, root = about.read_bytes(), str(full.folder.parents[1])
+    for content in (b"", before[:40]):
+        about.write_bytes(content)
+        for action, code in (("verify", 1), ("info", 0), ("clear", 0)):
+            assert main(["cache", action, "--cache", root]) == code
+            assert f"{about}: unreadable" in capsys.readouterr().out
+        assert len(list(full.folder.glob("*.safetensors"))) == 14
+        make().fill()
+        assert about.read_bytes() == before
+    assert main(["cache", "verify", "--cache", root]) == 0
+
+
 def test_swapped_shards(full, make):
     before, sums = content(full), sealed(full)
     first, second = (next(full.folder.glob(f"test-000{i}-*")) for i in (2, 5))
@@ -175,7 +246,7 @@ def test_killed_while_writing(make, backbone, monkeypatch):
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(list(cache.folder.glob("*.partial"))) == 1
     assert len(content(cache)) == 2
-    assert not shards.holder(cache.folder)
+    assert not holder(cache.folder / shards.LOCK)
     calls, real = [], Backbone.encode_images
     monkeypatch.setattr(Backbone, "encode_images", lambda *a: calls.append(1) or real(*a))
     cache.fill()
@@ -203,11 +274,12 @@ def test_two_writers_share_the_work(make, monkeypatch):
 def test_a_second_writer_says_whom_it_waits_for(make):
     first, second = make(), make()
     with first.shards.lock(first.say):
-        assert f"process {os.getpid()} on " in shards.holder(first.folder)
+        assert f"process {os.getpid()} on " in holder(first.folder / shards.LOCK)
         waiting = threading.Thread(target=second.fill)
         waiting.start()
         wait_for(second.said)
-        assert f"waiting for process {os.getpid()} on " in second.said[0]
+        assert f"another process writes to it (process {os.getpid()} on " in second.said[0]
+        assert second.said[0].endswith("; waiting")
         assert not content(first)
         # The folder is known by its description, written with the first shard.
         (first.folder / shards.ABOUT).write_text('{"format": "spa_fast.features/2"}')
@@ -215,7 +287,7 @@ def test_a_second_writer_says_whom_it_waits_for(make):
             cache_clear(first.folder.parents[1], first.say)
     waiting.join()
     assert len(content(second)) == 14
-    assert not shards.holder(first.folder)
+    assert not holder(first.folder / shards.LOCK)
 
 
 def test_a_cache_cleared_under_a_waiting_writer(make):
@@ -226,15 +298,15 @@ def test_a_cache_cleared_under_a_waiting_writer(make):
         wait_for(second.said)
         (first.folder / shards.LOCK).unlink()
     waiting.join()
-    assert (first.folder / shards.LOCK).exists()
     assert len(content(second)) == 14
+    assert not (first.folder / shards.LOCK).exists()
 
 
 def test_a_file_system_without_locks(make, monkeypatch):
     def refuse(descriptor, flags):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(shards.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     cache = make()
     cache.fill()
     assert "no locks on this file system" in cache.said[0]

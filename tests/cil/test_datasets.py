@@ -79,7 +79,7 @@ def test_unreadable_image_is_named(tmp_path, content):
     path = tmp_path / "broken.jpg"
     Image.new("RGB", (64, 64), "red").save(path)
     path.write_bytes(path.read_bytes()[:200] if content is None else content)
-    with pytest.raises(RunError, match=r"unreadable image: .*broken\.jpg"):
+    with pytest.raises(RunError, match=r"unreadable image: .*broken\.jpg: .*; data check --quarantine FILE"):
         check_images([path])
 
 
@@ -94,6 +94,16 @@ def test_images_come_upright_and_in_rgb(tmp_path):
         path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
         Image.new(mode, (3, 3)).save(path)
         assert read_image(path).mode == "RGB"
+
+
+def test_a_palette_with_transparency_keeps_its_colours_without_a_warning(tmp_path, recwarn):
+    image = Image.new("P", (2, 1))
+    image.putpalette([9, 8, 7, 6, 5, 4])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "p.png", transparency=bytes([0, 128]))
+    found = read_image(tmp_path / "p.png")
+    assert [found.getpixel((x, 0)) for x in range(2)] == [(9, 8, 7), (6, 5, 4)]
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("mode", ["I;16", "F"])

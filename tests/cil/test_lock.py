@@ -7,13 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from spa_fast.cil.checkpoint import new_run_folder
 from spa_fast.cil.errors import RunError
-from spa_fast.cil.lock import exclusive
+from spa_fast.cil.lock import exclusive, holder
 from spa_fast.cli import main
 
 
@@ -72,6 +73,39 @@ def test_a_lock_file_removed_by_its_holder_is_made_anew(tmp_path, monkeypatch):
         assert len(calls) == 2
         with pytest.raises(RunError, match="busy"):
             exclusive(path, "busy").__enter__()
+    assert not path.exists()
+
+
+def test_who_waits_says_so_and_gets_the_lock_next(tmp_path):
+    path, said, got = tmp_path / "lock", [], []
+
+    def waiter():
+        with exclusive(path, "busy", wait=said.append) as held:
+            got.append((held, holder(path)))
+
+    with exclusive(path, "busy"):
+        waiting = threading.Thread(target=waiter)
+        waiting.start()
+        until = time.monotonic() + 60
+        while not said and time.monotonic() < until:
+            time.sleep(0.01)
+        assert re.fullmatch(rf"busy \(process {os.getpid()} on .* UTC\); waiting", said[0])
+        assert not got
+    waiting.join()
+    assert len(said) == 1
+    assert got[0][0] is True
+    assert got[0][1].startswith(f"process {os.getpid()} on ")
+    assert not path.exists()
+
+
+def test_a_lock_removed_by_hand_leaves_the_next_holder_its_file(tmp_path):
+    path = tmp_path / "lock"
+    with exclusive(path, "busy"):
+        path.unlink()
+        second = exclusive(path, "busy")
+        second.__enter__()
+    assert holder(path)
+    second.__exit__(None, None, None)
     assert not path.exists()
 
 

@@ -92,7 +92,7 @@ class FeatureCache:
             )
         about = {"format": FORMAT, "weights": backbone.fingerprint, "spa_fast": spa_fast.__version__}
         texts = ShardFolder(folder / "texts" / digest(about)[:16], {**about, "backbone": backbone.name})
-        self.texts = TextCache(texts, backbone)
+        self.texts = TextCache(texts, backbone, say)
         about |= {"source": source, "patches": storage.patches, "dtype": storage.dtype}
         self.key = digest(about)[:16]
         # Known by content, a data set may move; known by path, another path is another data set.
@@ -115,7 +115,7 @@ class FeatureCache:
     def load(self, split: Split, folder_index: int) -> ClassFeatures:
         """Features of one class, mapped from its shard or, the first time, extracted from its images."""
         wanted = (split, folder_index)
-        if self._faults([wanted]):
+        if self._fault(*wanted):
             self._fill([wanted])
         _, tensors = self.shards.read(self._name(*wanted))
         return ClassFeatures(tensors["globals"], tensors["patches"])
@@ -128,6 +128,8 @@ class FeatureCache:
             OSError: the disk is full; every shard stored is whole.
         """
         self._fill([pair for pair in self._all() if not splits or pair[0] in splits])
+        # Damaged, it keeps `cache` from finding the shards, not us.
+        self.shards.describe()
 
     def missing(self) -> list[ImageRef]:
         """Images whose features are not stored whole, all splits."""

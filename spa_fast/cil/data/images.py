@@ -73,9 +73,14 @@ def check_images(images: Iterable[ImageRef]) -> None:
     """
     paths = [image for image in images if isinstance(image, Path)]
     for path in tqdm(paths, desc="checking images", unit="img", leave=False, disable=None):
-        with _opened(path) as image:
-            image.draft("RGB", (32, 32))
-            image.load()
+        try:
+            with _opened(path) as image:
+                image.draft("RGB", (32, 32))
+                image.load()
+        except RunError as error:
+            raise RunError(
+                f"{error}; data check --quarantine FILE lists such images for --exclude"
+            ) from error
 
 
 def read_image(image: ImageRef) -> Image.Image:
@@ -87,7 +92,9 @@ def read_image(image: ImageRef) -> Image.Image:
     if isinstance(image, StoredImage):
         return Image.fromarray(np.ascontiguousarray(image.pixels.transpose(1, 2, 0)))
     with _opened(image) as opened:
-        return ImageOps.exif_transpose(opened).convert("RGB")
+        upright = ImageOps.exif_transpose(opened)
+        # Pillow warns of a palette with transparency that is not made RGBA first; the colours are the same.
+        return (upright.convert("RGBA") if "transparency" in upright.info else upright).convert("RGB")
 
 
 @contextmanager

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import platform
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from spa_fast.cil.lock import exclusive
 
 # Names a shard folder as one and says what its shards hold.
 ABOUT = "cache.json"
@@ -83,8 +81,8 @@ class ShardFolder:
         partial = self.path / f"{name}.{os.getpid()}-{threading.get_ident()}.partial"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if name != ABOUT and self._described() != self.about:
-                self._place(ABOUT, json.dumps(self.about, indent=1).encode())
+            if name != ABOUT:
+                self.describe()
             with partial.open("wb") as file:
                 file.write(content)
                 file.flush()
@@ -97,11 +95,13 @@ class ShardFolder:
             with contextlib.suppress(OSError):
                 partial.unlink()
 
-    def _described(self) -> object:
-        try:
-            return json.loads((self.path / ABOUT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+    def describe(self) -> None:
+        """Write what the shards have in common beside them, where it does not lie and can be written."""
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((self.path / ABOUT).read_text(encoding="utf-8")) == self.about:
+                return
+        with contextlib.suppress(OSError):
+            self._place(ABOUT, json.dumps(self.about, indent=1).encode())
 
     def check_writable(self) -> None:
         """Try to write.
@@ -117,56 +117,17 @@ class ShardFolder:
     def lock(self, say: Say) -> Iterator[None]:
         """Be the only writer; waits for another one and says who it is.
 
-        The lock is the kernel's: it goes with its process, however that ends. What a killed writer left
-        half written is removed.
+        What a killed writer left half written is removed.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            while True:
-                file = stack.enter_context((self.path / LOCK).open("a+", encoding="utf-8"))
-                if not _acquire(file.fileno(), self.path, say):
-                    break
-                # `cache clear` may have removed the file while we waited for it.
-                with contextlib.suppress(FileNotFoundError):
-                    if os.fstat(file.fileno()).st_ino == (self.path / LOCK).stat().st_ino:
-                        for partial in self.path.glob("*.partial"):
-                            partial.unlink()
-                        break
-            file.truncate(0)
-            since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-            file.write(f"process {os.getpid()} on {platform.node()} since {since}")
-            file.flush()
+        about = f"feature cache {self.path}"
+        with exclusive(self.path / LOCK, f"{about}: another process writes to it", wait=say) as held:
+            if held:
+                for partial in self.path.glob("*.partial"):
+                    partial.unlink()
+            else:
+                say(f"{about}: no locks on this file system; a second writer repeats work, no more")
             yield
-            file.truncate(0)
-
-
-def _acquire(descriptor: int, path: Path, say: Say) -> bool:
-    """Wait for the lock; False where the file system has none."""
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"feature cache {path}: waiting for {holder(path) or 'another process'}, which writes to it")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        say(f"feature cache {path}: no locks on this file system; a second writer repeats work, no more")
-        return False
-    return True
-
-
-def holder(path: Path) -> str:
-    """The process that writes to a shard folder now, or nothing."""
-    try:
-        with (path / LOCK).open("r", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read() or "another process"
-    except OSError:
-        pass
-    return ""
 
 
 def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, cat
 
 from spa_fast.cil.backbone import Backbone
-from spa_fast.cil.data.shards import ShardFault, ShardFolder, digest
+from spa_fast.cil.data.shards import Say, ShardFault, ShardFolder, digest
 
 
 class TextCache:
@@ -17,11 +17,13 @@ class TextCache:
     Args:
         shards: where they are stored; a folder that cannot be written stores nothing.
         backbone: the frozen encoder.
+        say: takes one line on each shard that cannot be used.
     """
 
-    def __init__(self, shards: ShardFolder, backbone: Backbone) -> None:
+    def __init__(self, shards: ShardFolder, backbone: Backbone, say: Say = lambda line: None) -> None:
         self.shards = shards
         self.backbone = backbone
+        self.say = say
 
     def encode(self, texts: Sequence[str], word_limit: int = 0) -> Tensor:
         """End-of-text features [n, D] of n texts, or the features of their words, `word_limit` a text."""
@@ -32,8 +34,9 @@ class TextCache:
             metadata, tensors = self.shards.read(name)
             if metadata.get("key") == key:
                 return tensors["features"]
-        except ShardFault:
-            pass
+        except ShardFault as fault:
+            if str(fault) != "not there":
+                self.say(f"feature cache: {self.shards.path / name}: {fault}; encoded again")
         if word_limit:
             features = cat(self.backbone.encode_words(texts, word_limit))
         else:
