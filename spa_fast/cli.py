@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
-from spa_fast.cil.data.catalog import DataSet, find_folder
+from spa_fast.cil.data.catalog import DataSet, find_folder, read_templates
 from spa_fast.cil.descriptions.describe_config import DescribeConfig
 from spa_fast.cil.errors import RunError
 from spa_fast.cil.run_config import RunConfig
@@ -53,7 +53,10 @@ def train(
 
 
 def start(argv: list[str]) -> tuple[RunConfig | None, list[str]]:
-    """What `train` starts from: the settings of --preset or --config, and the other arguments."""
+    """What `train` starts from: the settings of --preset or --config, and the other arguments.
+
+    A file given to --templates is replaced by the texts in it for the data set.
+    """
     from spa_fast.cil.lamda_json import read_experiment
     from spa_fast.cil.presets import parse_preset, preset_config
 
@@ -62,8 +65,15 @@ def start(argv: list[str]) -> tuple[RunConfig | None, list[str]]:
         parser.add_argument(flag)
     for flag in ("--data-root", "--data"):
         parser.add_argument(flag, flag.replace("a-", "a_"), type=Path)
+    parser.add_argument("--templates", nargs="*")
     known, rest = parser.parse_known_args(argv)
     data = [] if known.data is None else ["--data", str(known.data)]
+
+    def others(data_set: DataSet | None) -> list[str]:
+        texts = known.templates
+        if texts and len(texts) == 1 and texts[0].endswith(".json"):
+            texts = read_templates(Path(texts[0]), data_set, "--templates")
+        return [*data, *([] if texts is None else ["--templates", *texts]), *rest]
 
     def locate(data_set: DataSet | None) -> Path:
         if known.data:
@@ -81,15 +91,16 @@ def start(argv: list[str]) -> tuple[RunConfig | None, list[str]]:
     if known.preset and known.config:
         raise RunError("--preset, --config: expected one of them")
     if known.preset:
-        return preset_config(known.preset, locate(parse_preset(known.preset)[0])), [*data, *rest]
+        data_set = parse_preset(known.preset)[0]
+        return preset_config(known.preset, locate(data_set)), others(data_set)
     if known.config:
         config, lines = read_experiment(Path(known.config), locate)
         for line in lines:
             say(line)
-        return config, [*data, *rest]
+        return config, others(config.data_set)
     if known.data_root:
         raise RunError("--data-root: expected --preset or --config beside it")
-    return None, argv
+    return None, others(None)
 
 
 def evaluate(run: Positional[Path], /, data: Path | None = None) -> None:
@@ -259,7 +270,10 @@ def cache(
     /,
     cache: Path = Path("runs/feature_cache"),
 ) -> int:
-    """List, verify or remove extracted features; `verify` ends with code 1 if a shard is damaged.
+    """List, verify or remove extracted features.
+
+    `verify` compares every checksum, names damaged shards and ends with code 1. It knows no images and so
+    changes nothing: the next train or eval with the same settings extracts those shards again, alone.
 
     Args:
         action: info, verify or clear.
@@ -290,19 +304,28 @@ def explain(
     say(explain_image(run, image, name, out))
 
 
-def demo(out: Path = Path("runs/demo"), seeds: int = 3, first_seed: int = 0) -> None:
+def demo(
+    out: Path = Path("runs/demo"), seeds: int = 3, first_seed: int = 0, keep: Path | None = None
+) -> None:
     """Run the ablation ladder over the embedded world: offline, no GPU.
 
     Args:
         out: folder to write; an earlier demo in it is replaced.
         seeds: worlds and class orders to average over.
         first_seed: seed of the first world.
+        keep: new folder for the first world, its descriptions and a run of spa over it, to try the other
+            commands on.
     """
-    from spa_fast.cil.demo.ladder import run_demo
+    from spa_fast.cil.checkpoint import check_out
+    from spa_fast.cil.demo.ladder import keep_run, run_demo
 
     if seeds < 1 or first_seed < 0:
         raise RunError(f"demo: expected --seeds >= 1 and --first-seed >= 0, got {seeds} and {first_seed}")
+    if keep:
+        check_out(keep, argument="--keep")
     run_demo(out, range(first_seed, first_seed + seeds), say)
+    if keep:
+        keep_run(keep, first_seed, say)
 
 
 def env() -> None:
@@ -313,6 +336,14 @@ def env() -> None:
 
     usable = {name: reason or "usable" for name, reason in available().items()}
     say(json.dumps({"environment": environment(), "backends": usable, "native": native_info()}, indent=1))
+
+
+# What an interrupted command leaves, where the interrupt does not say it.
+_LEFT = {
+    "train": "no unfinished run folder is left",
+    "demo": "no unfinished run folder is left",
+    "sweep": "finished runs are kept: the same command goes on with the others",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -351,8 +382,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         return _refuse(error, 3)
-    except KeyboardInterrupt:
-        sys.stderr.write("spa-fast: interrupted; an unfinished run folder was removed\n")
+    except KeyboardInterrupt as stop:
+        left = str(stop) or _LEFT.get("".join(args[:1]), "")
+        sys.stderr.write(f"spa-fast: interrupted{left and '; '}{left}\n")
         return 130
     return code or 0
 

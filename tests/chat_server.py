@@ -71,6 +71,22 @@ def silence(released: threading.Event) -> Reply:
     return Reply(act=lambda handler: released.wait(20))
 
 
+def drip(released: threading.Event) -> Reply:
+    """Send one blank after the other, as far as the client lets us."""
+
+    def act(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        for _ in range(1000):
+            if released.wait(0.1):
+                return
+            handler.wfile.write(b" ")
+
+    return Reply(act=act)
+
+
 def half() -> Reply:
     """Promise more bytes than come."""
 

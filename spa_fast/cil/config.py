@@ -28,7 +28,8 @@ class SpaConfig:
     description_template: str = "{name} with {description}"
     """How class name and lower-cased description are joined for the text encoder."""
     long_descriptions: Literal["cut", "split"] = "cut"
-    """Descriptions that the text encoder cannot take whole; pieces count towards n_descriptions."""
+    """Descriptions that the text encoder cannot take whole: cut, or split into pieces that are
+    descriptions of their own, beyond n_descriptions where need be."""
     semantic_tokens: Literal["sentence_eos", "token_level"] = "sentence_eos"
     """One token per description (its end-of-text feature) or its word tokens."""
     word_limit: int = 16

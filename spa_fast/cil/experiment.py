@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,13 @@ from spa_fast._backends import resolve_patches
 from spa_fast.cil.backbone import Backbone
 from spa_fast.cil.data.cache import FeatureCache
 from spa_fast.cil.data.datasets import ImageFolders, read_image_folders
-from spa_fast.cil.data.images import check_images
+from spa_fast.cil.data.images import check_images, relative_name, stamp
 from spa_fast.cil.data.order import class_order, split_tasks
+from spa_fast.cil.data.shards import digest
 from spa_fast.cil.data.stream import TaskStream
 from spa_fast.cil.descriptions.lengths import fit_lengths
 from spa_fast.cil.descriptions.lint import read_descriptions
+from spa_fast.cil.descriptions.readers import fingerprint
 from spa_fast.cil.errors import RunError
 from spa_fast.cil.loading import load_backbone
 from spa_fast.cil.methods.base import Method
@@ -63,27 +65,23 @@ def prepare(
     Raises:
         RunError: naming the file, class or argument at fault.
     """
-    data = read_image_folders(
-        config.data,
-        config.classnames,
-        data_set=config.data_set,
-        classes=config.classes,
-        image_list=config.image_list,
-        exclude=config.exclude,
-    )
+    data = read_data(config)
     tasks = split_tasks(len(data.folders), config.init_classes, config.increment)
     descriptions = None
     if config.reads_descriptions:
         if config.description_file is None:
-            raise RunError(f"--descriptions: {config.method} needs a file of class-wise descriptions")
+            raise RunError(
+                f"--descriptions: {config.method} needs a file of class-wise descriptions: "
+                "`spa-fast describe` has a model write one, or uses none with --from-template"
+            )
         # Packaged files may hold more classes than the published subset.
         packaged = config.descriptions is None
         descriptions = read_descriptions(config.description_file, data.names, subset=packaged)
     backbone = backbone or load_backbone(config.backbone, transform=config.transform, device=config.device)
-    check_patches(config, backbone)
     if descriptions:
         limit = backbone.model.context_length
         descriptions = fit_lengths(data.names, descriptions, config.spa, backbone.tokenizer, limit, say)
+    check_patches(config, backbone, descriptions or [])
     source, storage = config.spa.patch_source, config.storage
     cache = FeatureCache(cache_folder, data, backbone, source=source, storage=storage, say=say)
     missing = cache.missing()
@@ -96,14 +94,52 @@ def prepare(
     return Experiment(config, data, backbone, cache, order, stream)
 
 
-def check_patches(config: RunConfig, backbone: Backbone) -> None:
+def read_data(config: RunConfig) -> ImageFolders:
+    """The images that the settings name, listed and checked.
+
+    Raises:
+        RunError: as `read_image_folders`.
+    """
+    return read_image_folders(
+        config.data,
+        config.classnames,
+        data_set=config.data_set,
+        classes=config.classes,
+        image_list=config.image_list,
+        exclude=config.exclude,
+    )
+
+
+def input_hashes(config: RunConfig, data: ImageFolders, weights: str) -> dict[str, str | None]:
+    """What figures depend on beside the settings: weights, descriptions, and the data set by class names,
+    image names and sizes, which do not change when it is copied.
+
+    Args:
+        config: settings of the run.
+        data: its images.
+        weights: the backbone's fingerprint.
+    """
+    file = config.description_file
+    images = {
+        split: [[(relative_name(image, data.root), stamp(image)[1]) for image in found] for found in classes]
+        for split, classes in data.images.items()
+    }
+    return {
+        "backbone_fingerprint": weights,
+        "descriptions_sha256": fingerprint(file) if file else None,
+        "data_sha256": digest([data.names, images]),
+    }
+
+
+def check_patches(config: RunConfig, backbone: Backbone, descriptions: Sequence[Sequence[str]]) -> None:
     """Refuse to keep more patches than the image tower has, or a backend that cannot select them here."""
     if config.method != "spa":
         return
     spa, most = config.spa, backbone.n_patches
     if spa.k > most:
         raise RunError(f"--k: expected at most the backbone's {most} patches, got {spa.k}")
-    n_tokens = spa.word_limit if spa.semantic_tokens == "token_level" else spa.n_descriptions
+    n_tokens = max(map(len, descriptions), default=0)
+    n_tokens *= spa.word_limit if spa.semantic_tokens == "token_level" else 1
     try:
         aligned = spa.k if spa.solver == "sinkhorn" else None
         resolve_patches(spa.backend, (torch.empty(0, most, 1), torch.empty(0, n_tokens, 1)), aligned)

@@ -64,7 +64,7 @@ def read_run(folder: Path) -> FinishedRun:
     backbone = load_backbone(config.backbone, transform=config.transform, device=config.device)
     if backbone.fingerprint != run.get("backbone_fingerprint"):
         raise RunError(f"run: {folder}: {config.backbone} is not the backbone it was trained with")
-    check_patches(config, backbone)
+    check_patches(config, backbone, texts)
     method = make_method(config, backbone)
     try:
         method.load_state_dict(state)

@@ -59,13 +59,20 @@ def preset_config(name: str, data: Path) -> RunConfig:
 def changes(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from the preset (without one: from the defaults): {key: (there, here)}."""
     start = preset_config(config.preset, config.data) if config.preset else RunConfig(config.data, BACKBONE)
-    there, here = _flat(start), _flat(config)
+    there, here = flat(start), flat(config)
     return {key: (there[key], here[key]) for key in here if there[key] != here[key] and key not in _PLACES}
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """All settings in one JSON-ready mapping, those of spa beside the others."""
+    values = config.as_dict()
+    method = values.pop("spa")
+    return {**values, **method}
 
 
 def describe(config: RunConfig) -> list[str]:
     """The settings as lines to print, and what they change about the preset."""
-    text = ", ".join(f"{key}={_shown(value)}" for key, value in _flat(config).items())
+    text = ", ".join(f"{key}={_shown(value)}" for key, value in flat(config).items())
     wrap = textwrap.TextWrapper(110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     lines = wrap.wrap(f"settings: {text}")
     if config.preset:
@@ -79,23 +86,18 @@ def describe(config: RunConfig) -> list[str]:
 
 
 def run_name(config: RunConfig) -> str:
-    """A folder name: data and split, method, backbone and weights, seed, a tag of all other changes."""
+    """A folder name: data and split, method, backbone and weights, seeds, a tag of all other changes."""
     data = config.data_set.key if config.data_set else _slug(config.data.resolve().name)
     first = 0 if config.init_classes == config.increment else config.init_classes
     kind, colon, place = config.backbone.partition(":")
     local = {"local-dir": Path(place).name, "config": f"{Path(place).stem}-random"}
     weights = local.get(kind, config.backbone) if colon else config.backbone
-    in_name = ("method", "backbone", "seed", "init_classes", "increment")
+    in_name = ("method", "backbone", "seed", "order_seed", "init_classes", "increment")
     rest = {key: here for key, (_, here) in changes(config).items() if key not in in_name}
     tag = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]
     parts = [f"{data}_B{first}_Inc{config.increment}", config.method, _slug(weights), f"seed{config.seed}"]
-    return "-".join([*parts, *([tag] if rest else [])])
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    values = config.as_dict()
-    method = values.pop("spa")
-    return {**values, **method}
+    order = [f"order{config.order_seed}"] if config.order_seed != RunConfig.order_seed else []
+    return "-".join([*parts, *order, *([tag] if rest else [])])
 
 
 def _shown(value: object) -> str:

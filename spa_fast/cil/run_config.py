@@ -54,7 +54,8 @@ class RunConfig:
     seed: int = 1
     """Seed of training: batches, pseudo-features, initialisation."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
-    """Prompt templates; training uses the first, evaluation the mean of all."""
+    """Prompt templates; training uses the first, evaluation the mean of all. Or one JSON file of them:
+    a list, or {data set: list}."""
     transform: Transform = "openclip"
     """Preprocessing: the model's own, or LAMDA's squash to a square."""
     cache: Path | None = None

@@ -356,3 +356,20 @@ def test_broken_run_folders(finished, capsys, tmp_path):
 
 def test_predict_on_a_missing_image(finished, capsys):
     refused(capsys, ["predict", str(finished), "nothing.jpg"], "no such file: nothing.jpg")
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["demo"], "spa-fast: interrupted; no unfinished run folder is left"),
+        (["env"], "spa-fast: interrupted"),
+    ],
+)
+def test_an_interrupt_says_only_what_is_true_of_the_command(args, told, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spa_fast.cil.demo.ladder.run_demo", interrupted)
+    monkeypatch.setattr("spa_fast.cil.report.environment", interrupted)
+    assert main(args) == 130
+    assert capsys.readouterr().err == f"{told}\n"

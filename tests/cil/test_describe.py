@@ -7,6 +7,8 @@ import builtins
 import hashlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,17 +17,33 @@ from dataclasses import replace
 from email.utils import formatdate
 
 import pytest
-from chat_server import ChatServer, Reply, completion, error, good, half, of_class, reset, says, silence
+import torch
+from chat_server import (
+    ChatServer,
+    Reply,
+    completion,
+    drip,
+    error,
+    good,
+    half,
+    of_class,
+    reset,
+    says,
+    silence,
+)
 from PIL import Image
 
-from spa_fast.cil.descriptions.chat import ATTEMPTS, Writer, prompt_sha256
+from spa_fast.cil.descriptions.budget import Budget, CostCap
+from spa_fast.cil.descriptions.chat import Writer
 from spa_fast.cil.descriptions.describe_config import DescribeConfig
 from spa_fast.cil.descriptions.generate import describe
 from spa_fast.cil.descriptions.lint import read_descriptions
+from spa_fast.cil.descriptions.prompt import prompt_sha256
 from spa_fast.cil.descriptions.select import select_exemplars
 from spa_fast.cil.errors import RunError
 from spa_fast.cli import main
 
+ATTEMPTS = 4
 KEY = "sk-test-0123456789-secret"
 NAMES = ["amber", "blue", "coral", "dark red", "emerald", "fuchsia", "gold"]
 
@@ -48,18 +66,24 @@ def waits():
 
 @pytest.fixture
 def writer(server, waits):
-    return Writer("m", server.url, timeout=0.5, sleep=waits.append)
+    return Writer("m", server.url, timeout=5, sleep=waits.append)
+
+
+@pytest.fixture
+def hasty(server, waits):
+    return Writer("m", server.url, timeout=1, sleep=waits.append)
 
 
 @pytest.fixture
 def job(colours, server, tmp_path, backbone_config, waits):
-    """Runs describe; `.lines` is what it said last."""
+    """Runs describe, one class after another; `.lines` is what it said last."""
     config = DescribeConfig(
         colours[0],
         "m",
         server.url,
         out=tmp_path / "out" / "d.json",
         exemplars=0,
+        parallel=1,
         backbone=f"config:{backbone_config}",
         allow_upload=True,
     )
@@ -67,7 +91,7 @@ def job(colours, server, tmp_path, backbone_config, waits):
 
     def run(**changes):
         run.lines = []
-        return describe(replace(config, **changes), run.lines.append, sleep=waits.append, timeout=0.5)
+        return describe(replace(config, **changes), run.lines.append, sleep=waits.append, timeout=5)
 
     run.out = config.out
     run.stored = lambda: json.loads(config.out.read_text())
@@ -126,8 +150,9 @@ def job(colours, server, tmp_path, backbone_config, waits):
 )
 def test_a_bad_answer_is_asked_again_and_then_given_up(server, writer, waits, reply, status, reason):
     server.script = [reply]
-    texts, got, why = writer.ask("thing", 6, [])
+    texts, got, why, answered = writer.ask("thing", 6, [])
     assert (texts, got) == ([], status)
+    assert answered == (why != "connection lost" and "HTTP" not in why)
     assert reason in why
     assert len(server.requests) == ATTEMPTS
     server.script = [*[reply] * (ATTEMPTS + 1), says(good())]
@@ -135,14 +160,22 @@ def test_a_bad_answer_is_asked_again_and_then_given_up(server, writer, waits, re
     assert all(0 <= wait <= 8 for wait in waits)
 
 
-def test_a_timeout_is_a_failure_like_others(server, writer, waits):
+def test_a_timeout_is_a_failure_like_others(server, hasty, waits):
     server.script = [silence(server.released), says(good())]
     start = time.perf_counter()
-    assert writer.ask("thing", 6, [])[1] == "ok"
-    assert 0.4 < time.perf_counter() - start < 5
+    assert hasty.ask("thing", 6, [])[1] == "ok"
+    assert 0.9 < time.perf_counter() - start < 10
     assert waits == [1.0]
     server.script = [silence(server.released)]
-    assert writer.ask("thing", 6, []) == ([], "failed", "no answer in time")
+    assert hasty.ask("thing", 6, []) == ([], "failed", "no answer in time", False)
+
+
+def test_an_answer_in_drips_is_given_up_in_time(server, hasty):
+    """Every byte comes within the timeout, the answer never."""
+    server.script = [drip(server.released)]
+    start = time.perf_counter()
+    assert hasty.ask("thing", 6, []) == ([], "failed", "no answer in time", False)
+    assert time.perf_counter() - start < 20
 
 
 def test_backoff_doubles_and_retry_after_is_honoured(server, writer, waits):
@@ -166,6 +199,25 @@ def test_backoff_doubles_and_retry_after_is_honoured(server, writer, waits):
     server.script = [error(429, headers={"Retry-After": "3600"})]
     with pytest.raises(RunError, match="asks to wait 3600 s: run the same command again then"):
         writer.ask("thing", 6, [])
+
+
+def test_a_writer_that_is_stopped_asks_no_more(server, waits):
+    def stop(seconds):
+        waits.append(seconds)
+        writer.stop()
+
+    writer = Writer("m", server.url, sleep=stop)
+    server.script = [error(500)]
+    assert writer.ask("thing", 6, []) == ([], "failed", "HTTP 500", False)
+    assert waits == [1]
+    assert len(server.requests) == 1
+    # By default it waits no longer than that, whatever the server asks for.
+    server.script = [error(429, headers={"Retry-After": "100"})]
+    start = time.perf_counter()
+    writer = Writer("m", server.url)
+    threading.Timer(0.3, writer.stop).start()
+    assert writer.ask("thing", 6, [])[2] == "HTTP 429"
+    assert time.perf_counter() - start < 20
 
 
 def test_the_model_is_told_what_was_wrong(server, writer):
@@ -212,7 +264,7 @@ def test_a_redirect_is_not_followed(server, writer):
 
 def test_a_filtered_request_is_not_repeated(server, writer):
     server.script = [error(400, "content_filter")]
-    assert writer.ask("thing", 6, []) == ([], "refused", "content filter")
+    assert writer.ask("thing", 6, []) == ([], "refused", "content filter", True)
     assert len(server.requests) == 1
 
 
@@ -240,7 +292,8 @@ def test_nobody_listens(monkeypatch, server, waits):
     closed = ChatServer()
     url = closed.url
     closed.close()
-    assert Writer("m", url, sleep=waits.append).ask("thing", 6, []) == ([], "failed", "connection lost")
+    closed_off = Writer("m", url, sleep=waits.append)
+    assert closed_off.ask("thing", 6, []) == ([], "failed", "connection lost", False)
 
 
 # --- whole files
@@ -287,8 +340,6 @@ def test_what_is_sent(job, server, colours, backbone):
     by_hash = {hashlib.sha256(f.read_bytes()).hexdigest(): f for f in files}
     assert set(stored) <= set(by_hash)
     pixels = [backbone.preprocess(Image.open(f).convert("RGB")) for f in files]
-    import torch
-
     features = backbone.encode_images(torch.stack(pixels))[0]
     assert [files.index(by_hash[h]) for h in stored] == select_exemplars(features, 3)
 
@@ -418,12 +469,20 @@ def test_the_cost_cap_stops_before_it_is_passed(job, server):
     assert any("$0.0060" in line for line in job.lines)
 
 
-def test_answers_without_usage_count_as_the_longest(server, writer):
-    body = completion(good())
-    del body["usage"]
-    server.script = [Reply(200, body)]
-    writer.ask("thing", 6, [])
-    assert writer.used[1] == 4000
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": -5, "completion_tokens": "many"}])
+def test_answers_without_usage_count_as_the_longest(server, usage):
+    server.script = [Reply(200, {**completion(good()), "usage": usage})]
+    budget = Budget()
+    Writer("m", server.url, budget=budget).ask("thing", 6, [])
+    assert budget.used[1] == 4000
+    assert budget.used[0] > 50
+
+
+def test_an_answer_that_comes_too_late_is_counted(server, waits):
+    budget = Budget()
+    server.script = [silence(server.released), says(good())]
+    Writer("m", server.url, budget=budget, timeout=1, sleep=waits.append).ask("thing", 6, [])
+    assert budget.used[1] == 4000 + 100
 
 
 def test_two_commands_do_not_write_one_file(job, server):
@@ -460,6 +519,195 @@ def test_the_key_is_in_no_file_and_no_line(job, server, caplog):
         assert path.is_dir() or KEY.encode() not in path.read_bytes()
 
 
+# --- several classes at a time
+
+
+def together(count):
+    """A reply that waits until `count` requests are there at the same time."""
+    barrier = threading.Barrier(count)
+
+    def answer(request):
+        barrier.wait(20)
+        return of_class(request)
+
+    return answer
+
+
+def test_classes_are_asked_for_together(job, server):
+    """One after another, the first would wait for ever; every class gets its own texts."""
+    server.script = [together(3)] * 6 + [of_class]
+    assert job(parallel=3, exemplars=2) == 0
+    assert len(server.requests) == 7
+    texts = read_descriptions(job.out, NAMES)
+    for name, lines in zip(NAMES, texts, strict=True):
+        assert hashlib.sha256(name.encode()).hexdigest()[:8] in lines[0]
+    images = [tuple(c["images"]) for c in job.stored()["classes"]]
+    assert len(set(images)) == 7
+    counts = [line.partition("]")[0] for line in job.lines if line.startswith("[")]
+    assert counts == [f"[{i}/7" for i in range(1, 8)]
+
+
+def test_no_more_than_asked_for_at_a_time(job, server):
+    running, most, lock = [0], [0], threading.Lock()
+
+    def answer(request):
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.05)
+        with lock:
+            running[0] -= 1
+        return of_class(request)
+
+    server.script = [answer]
+    assert job(parallel=2) == 0
+    assert most == [2]
+
+
+def test_each_class_is_asked_again_on_its_own(job, server, waits):
+    """Half of the requests fail somehow; in the end every class has texts, and nothing was asked twice."""
+    seen: dict[str, int] = {}
+    faults = [error(429), error(500), reset(), half(), says(""), says(good(3)), error(503)]
+
+    def answer(request):
+        name = request["messages"][1]["content"][0]["text"].partition("class '")[2].partition("'")[0]
+        seen[name] = seen.get(name, 0) + 1
+        return faults[NAMES.index(name)] if seen[name] == 1 else of_class(request)
+
+    server.script = [answer]
+    assert job(parallel=4) == 0
+    assert seen == dict.fromkeys(NAMES, 2)
+    assert waits == [1.0] * 5
+
+
+def test_answers_under_way_are_stored_when_a_run_ends(job, server):
+    both, refused = threading.Barrier(2), threading.Event()
+
+    def answer(request):
+        both.wait(20)
+        if "'amber'" in request["messages"][1]["content"][0]["text"]:
+            refused.set()
+            return error(401)
+        refused.wait(20)
+        time.sleep(0.2)
+        return of_class(request)
+
+    server.script = [answer]
+    with pytest.raises(RunError, match="OPENAI_API_KEY: not accepted"):
+        job(parallel=2)
+    assert [c["status"] for c in job.stored()["classes"]] == ["pending", "ok", *["pending"] * 5]
+    assert len(server.requests) == 2
+
+
+def test_an_image_that_cannot_be_read_ends_the_run_after_what_is_under_way(job, server, colours):
+    job(parallel=1, exemplars=6)
+    job.out.unlink()
+    photo = colours[0] / "train" / "coral" / "0.png"
+    size, times = photo.stat().st_size, photo.stat()
+    photo.write_bytes(b"\x89PNG" + bytes(size - 4))
+    os.utime(photo, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(RunError, match=r"coral/0\.png"):
+        job(parallel=3, exemplars=6)
+    assert [c["status"] for c in job.stored()["classes"]] == ["ok", "ok", *["pending"] * 5]
+
+
+def test_the_cost_cap_holds_for_all_together(job, server):
+    """$0.041 a request at most: two under way would pass the cap, and one waits for what the other leaves."""
+    running, most, lock = [0], [0], threading.Lock()
+
+    def answer(request):
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.05)
+        with lock:
+            running[0] -= 1
+        return of_class(request)
+
+    server.script = [answer]
+    with pytest.raises(CostCap, match=r"\$0\.0080 spent, the next request could pass \$0\.047"):
+        job(parallel=4, prices=(1.0, 10.0), max_cost=0.047)
+    assert [c["status"] for c in job.stored()["classes"]].count("ok") == 4
+    assert most == [1]
+    assert job(parallel=4, prices=(1.0, 10.0), max_cost=1.0) == 0
+
+
+def test_a_server_that_is_down_is_noticed_by_all(job, server):
+    server.script = [says(good()), reset()]
+    with pytest.raises(RunError, match=r"no answer for 3 classes in a row"):
+        job(parallel=2)
+    assert len(server.requests) <= 1 + 5 * ATTEMPTS
+    statuses = [c["status"] for c in job.stored()["classes"]]
+    assert statuses.count("ok") == 1
+    assert statuses.count("pending") >= 2
+
+
+@pytest.fixture
+def process(colours, server, tmp_path):
+    """A describe command in a process of its own that waits for a server that has fallen silent."""
+    out = tmp_path / "out of it" / "d.json"
+    out.parent.mkdir()
+    args = ["describe", "--data", str(colours[0]), "--model", "m", "--base-url", server.url, "--yes"]
+    args += ["--exemplars", "0", "--out", str(out)]
+
+    def start(answered, *extra):
+        server.script = [*[of_class] * answered, silence(server.released)]
+        command = [sys.executable, "-m", "spa_fast.cli", *args, *extra]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        deadline = time.monotonic() + 120
+        parallel = int(extra[-1]) if extra else 4
+        while len(server.requests) < answered + parallel and time.monotonic() < deadline:
+            time.sleep(0.05)
+        while answered and (not out.exists() or out.read_text().count('"ok"') < answered):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return process
+
+    started: list[subprocess.Popen] = []
+    start.args, start.out = args, out
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("answered", "words"),
+    [
+        (3, "3 of 7 classes are stored in {out}; the same command asks for the others"),
+        (0, "no class is described yet: {out} was not written"),
+    ],
+)
+def test_an_interrupt_leaves_at_once_and_says_what_is_stored(process, server, number, answered, words):
+    """Not after the 60 s that the silent server may take, and nothing is said of run folders."""
+    running = process(answered)
+    start = time.monotonic()
+    running.send_signal(number)
+    _, stderr = running.communicate(timeout=60)
+    assert time.monotonic() - start < 20
+    assert running.returncode == 130
+    assert stderr == f"spa-fast: interrupted; {words.format(out=process.out)}\n"
+    assert [p.name for p in process.out.parent.iterdir()] == ["d.json"] * bool(answered)
+    asked = len(server.requests)
+    server.script = [of_class]
+    assert main(process.args) == 0
+    assert len(server.requests) == asked + 7 - answered
+
+
+def test_killed_in_the_middle_it_goes_on(process, server):
+    """SIGKILL, as by a full machine: the file is whole, and only what is missing is asked again."""
+    running = process(3, "--parallel", "1")
+    running.kill()
+    running.wait()
+    statuses = [entry["status"] for entry in json.loads(process.out.read_text())["classes"]]
+    assert statuses == ["ok"] * 3 + ["pending"] * 4
+    server.script = [of_class]
+    assert main(process.args) == 0
+    assert len(server.requests) == 4 + 4
+
+
 # --- no model at all, and the command line
 
 
@@ -483,7 +731,8 @@ def test_the_command(colours, server, tmp_path, backbone_config, capsys):
     assert main(args) == 1
     assert not out.exists()
     assert main([*args, "--yes"]) == 0
-    assert "[7/7] gold: ok" in capsys.readouterr().out
+    assert "[7/7] " in (said := capsys.readouterr().out)
+    assert "] gold: ok" in said
     assert main(["descriptions", "lint", str(out)]) == 0
 
 
@@ -509,6 +758,7 @@ def test_without_the_extra(job, monkeypatch):
         (("--model", "m", "--n-descriptions", "0"), "n_descriptions: expected at least 1"),
         (("--from-template", "--n-descriptions", "7"), "n_descriptions"),
         (("--model", "m", "--exemplars", "-1"), "exemplars: expected at least 0"),
+        (("--model", "m", "--parallel", "0"), "parallel: expected at least 1"),
         (("--model", "m", "--max-cost", "1"), "--max-cost: needs --prices"),
         (("--model", "m", "--prices", "nan", "1"), "--prices"),
         (("--from-template", "--out", "/nowhere/at/all.json"), "--out: no such folder"),
@@ -518,24 +768,3 @@ def test_refused_arguments(colours, capsys, monkeypatch, tmp_path, extra, words)
     monkeypatch.chdir(tmp_path)
     assert main(["describe", "--data", str(colours[0]), *extra]) == 2
     assert words in capsys.readouterr().err
-
-
-def test_killed_in_the_middle_it_goes_on(colours, server, tmp_path):
-    """SIGKILL, as by a full machine: the file is whole, and only what is missing is asked again."""
-    out = tmp_path / "d.json"
-    args = ["describe", "--data", str(colours[0]), "--model", "m", "--base-url", server.url, "--yes"]
-    args += ["--exemplars", "0", "--out", str(out)]
-    server.script = [of_class, of_class, of_class, silence(server.released)]
-    process = subprocess.Popen([sys.executable, "-m", "spa_fast.cli", *args], stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while len(server.requests) < 4 and time.monotonic() < deadline:
-            time.sleep(0.05)
-    finally:
-        process.kill()
-        process.wait()
-    statuses = [entry["status"] for entry in json.loads(out.read_text())["classes"]]
-    assert statuses == ["ok"] * 3 + ["pending"] * 4
-    server.script = [of_class]
-    assert main(args) == 0
-    assert len(server.requests) == 4 + 4

@@ -290,6 +290,31 @@ def test_a_run_warns_of_texts_that_are_cut(colours, backbone_config, tmp_path, c
     assert "amber: 34: 'feather" in line
 
 
+def test_split_keeps_every_word_of_every_description_in_use(colours, backbone_config, tmp_path, capsys):
+    """The pieces of one description do not push out others."""
+    document = json.loads(colours[1].read_text())
+    long = " ".join(f"feather{i}" for i in range(40))
+    document["classes"][0]["descriptions"] = [long, "second one", "third one", "fourth one"]
+    colours[1].write_text(json.dumps(document))
+    args = ["train", "--data", str(colours[0]), "--backbone", f"config:{backbone_config}", "--epochs", "1"]
+    args += ["--k", "4", "--n-descriptions", "3", "--long-descriptions", "split"]
+    args += ["--descriptions", str(colours[1]), "--out"]
+    assert main([*args, str(tmp_path / "r")]) == 0
+    run = json.loads((tmp_path / "r" / "run.json").read_text())
+    used = dict(zip(run["names"], run["descriptions"], strict=True))
+    *pieces, second, third = used["amber"]
+    assert len(pieces) > 3
+    assert " ".join(pieces) == long
+    assert (second, third) == ("second one", "third one")
+    assert len(used["blue"]) == 3
+    assert main(["eval", str(tmp_path / "r")]) == 0
+    # More pieces than compiled code takes of a class are refused before any work.
+    document["classes"][0]["descriptions"][0] = "feather " * 6_000
+    colours[1].write_text(json.dumps(document))
+    assert main([*args, str(tmp_path / "s"), "--backend", "native"]) == 2
+    assert "--backend: backend 'native' is not usable: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "pieces"),
     [

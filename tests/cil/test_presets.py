@@ -1,8 +1,10 @@
 """Presets by name, by experiment file, from the command line; all of them against stand-ins of their data."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from folder_twins import write_all_twins, write_twin
@@ -18,7 +20,7 @@ from spa_fast.cil.loop import run_tasks
 from spa_fast.cil.methods.simple_cil import SimpleCil
 from spa_fast.cil.presets import changes, describe, parse_preset, preset_config, preset_names, run_name
 from spa_fast.cil.run_config import RunConfig
-from spa_fast.cli import main
+from spa_fast.cli import main, start
 
 # sha256 of the comma-joined class order, first 16 digits: as published runs draw it.
 ORDERS = {100: "997a048a5344d216", 200: "1d364b99a5915405", 300: "18613efa7667417c"}
@@ -70,6 +72,83 @@ def test_templates_are_those_of_the_protocol():
     assert prompt_templates(DATA_SETS["cub"]) == ("a photo of a {}, a type of bird.",)
     assert prompt_templates(DATA_SETS["food101"]) == ("a photo of {}, a type of food.",)
     assert prompt_templates(DATA_SETS["imagenetr"])[0] == "itap of a {}."
+
+
+CUB_TEMPLATES = {"cub200": ["a sketch of a {}.", "a {}, seen from afar."], "cifar": ["x {}"]}
+
+
+@pytest.mark.parametrize("content", [CUB_TEMPLATES, CUB_TEMPLATES["cub200"]])
+def test_templates_of_ones_own_file(tmp_path, content):
+    file = tmp_path / "my templates.json"
+    file.write_text(json.dumps(content))
+    arguments = ["--preset", "cub_B0_Inc20", "--data", "x", "--k", "4", "--templates"]
+    _, rest = start([*arguments, str(file), "--seed", "2"])
+    assert rest == ["--data", "x", "--templates", *CUB_TEMPLATES["cub200"], "--k", "4", "--seed", "2"]
+    assert start([*arguments, "a {}.", "my {}.json"])[1][2:5] == ["--templates", "a {}.", "my {}.json"]
+    experiment = tmp_path / "engine.json"
+    experiment.write_text(json.dumps({"dataset": "cub", "init_cls": 20, "increment": 20}))
+    _, rest = start(["--config", str(experiment), "--data", "x", f"--templates={file}"])
+    assert rest[2:] == ["--templates", *CUB_TEMPLATES["cub200"]]
+
+
+def test_templates_of_a_file_are_those_of_the_run(colours, backbone_config, tmp_path, capsys):
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps({"mine": ["a drawn {}.", "{}!"]}))
+    args = ["train", "--data", str(colours[0]), "--backbone", f"config:{backbone_config}", "--out"]
+    args += [str(tmp_path / "r"), "--method", "zero_shot", "--templates", str(file)]
+    assert main(args) == 0
+    row = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert row["protocol"]["templates"] == row["config"]["templates"] == ["a drawn {}.", "{}!"]
+    assert 'templates="a drawn {}." and 1 more' in " ".join(capsys.readouterr().out.split())
+    file.unlink()
+    assert main(["eval", str(tmp_path / "r")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"cub": ["a photo."]}, "cub[0]: expected a text with {} for the class name, got 'a photo.'"),
+        ({"cub": ["a {}.", "a {c}."]}, "cub[1]: expected a text with {}"),
+        ({"cub": ["a {}.", 3]}, "cub[1]: expected a text with {}"),
+        (["a"], "t.json[0]: expected a text"),
+        ({"cub": "a {}."}, "cub: expected a list of templates, got 'a {}.'"),
+        ({"cub": {}}, "cub: expected a list of templates"),
+        ({"cub": []}, "cub: expected a list of templates, got []"),
+        ("a {}.", "expected a list of templates"),
+        (None, "expected a list of templates"),
+        ({}, "expected one list for cub, got nothing"),
+        ({"cubs": ["{}"], "sun": ["{}"]}, "expected one list for cub, got cubs, sun; did you mean 'cubs'?"),
+        ({"cub": ["{}"], "cub200": ["{}"]}, "expected one list for cub, got cub, cub200"),
+    ],
+)
+def test_templates_that_are_none(tmp_path, capsys, content, words):
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps(content))
+    assert main(["train", "--preset", "cub_B0_Inc20", "--data", "x", "--templates", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert f"--templates: {file}" in error
+    assert words in error
+    assert main(["sweep", "cub_B0_Inc20", "--data", "x", "--templates", str(file)]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (None, "no such file"),
+        (b"", "empty (0 bytes)"),
+        (b'{"cub": ["{}"', "truncated"),
+        (b'{"cub": ["{}"], "cub": ["{}"]}', "duplicate key 'cub'"),
+        (b'{"cub": ["{}"], "sun": ["{}"]}', "expected --preset, or a file of one data set, got cub, sun"),
+    ],
+)
+def test_files_of_templates_that_cannot_be_read(tmp_path, capsys, raw, words):
+    file = tmp_path / "t.json"
+    if raw is not None:
+        file.write_bytes(raw)
+    args = ["train", "--data", "x", "--backbone", "y/z", "--templates", str(file)]
+    assert main(args) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_folder_maps_follow_label_order():
@@ -145,8 +224,9 @@ def twins(tmp_path_factory):
 def test_a_preset_runs_over_its_data(name, twins, backbone, monkeypatch):
     """Folders, labels, texts, features and all tasks, with class means as the method."""
     data_set = parse_preset(name)[0]
-    values = preset_config(name, twins / data_set.folder).as_dict()
-    config = RunConfig.from_dict({**values, "method": "simple_cil"})
+    preset, _ = start(["--preset", name, "--data-root", str(twins)])
+    assert preset == preset_config(name, twins / data_set.folder)
+    config = dataclasses.replace(preset, method="simple_cil")
     # The prompts of all presets are 25,000 texts; one of each batch shows that the path works.
     encode = Backbone.encode_texts
     monkeypatch.setattr(Backbone, "encode_texts", lambda self, t: encode(self, t[:1]).expand(len(t), -1))
@@ -155,9 +235,7 @@ def test_a_preset_runs_over_its_data(name, twins, backbone, monkeypatch):
     first = [label_names(data_set)[i] for i in class_order(data_set.classes)[:3]]
     assert experiment.names[:3] == first
     assert sum(outcome.matrix.sizes) == data_set.classes
-    assert [len(task) for task in experiment.stream.tasks[1:]] == [config.increment] * (
-        len(experiment.stream.tasks) - 1
-    )
+    assert {len(task) for task in experiment.stream.tasks[1:]} == {config.increment}
 
 
 @ONE_IMAGE
@@ -193,6 +271,51 @@ def test_help_of_a_preset_shows_its_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--preset", "sun_B150_Inc30", "--help"])
     assert "(default: 150)" in " ".join(capsys.readouterr().out.split())
+
+
+# What the types of a setting do not tell about its values.
+VALUES = {
+    **{"backbone": "x/y", "preset": "sun_B0_Inc30", "templates": "a {}", "cache_patches": "topk:99"},
+    **{"description_template": "{description}", "selection_space": "frozen", "device": "cuda"},
+}
+
+
+def flags(config):
+    """An argument of `train` for every setting but those of methods, with another value than it has."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        flag, value, hint = (
+            f"--{field.name.replace('_', '-')}",
+            getattr(config, field.name),
+            hints[field.name],
+        )
+        if field.name in VALUES:
+            yield from (flag, VALUES[field.name])
+        elif hint is bool:
+            yield flag.replace("--", "--no-", 1) if value else flag
+        elif get_origin(hint) is Literal:
+            yield from (flag, next(choice for choice in get_args(hint) if choice != value))
+        elif hint in (int, float):
+            yield from (flag, str(value * 0.7 + 0.02 if hint is float else 3 * value + 1))
+        elif field.name != "spa":
+            yield from (flag, "/some/path")
+
+
+def test_every_setting_of_a_preset_can_be_overridden(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("spa_fast.cil.train.train", lambda config, *args: seen.append(config))
+    (tmp_path / "cub").mkdir()
+    preset = preset_config("cub_B0_Inc20", tmp_path / "cub")
+    args = [*flags(preset), *flags(preset.spa)]
+    assert main(["train", "--preset", "cub_B0_Inc20", "--data-root", str(tmp_path), *args]) == 0
+    (config,) = seen
+    there, here = preset.as_dict(), config.as_dict()
+    same = [key for key in there if here[key] == there[key]]
+    same += [key for key in there["spa"] if here["spa"][key] == there["spa"][key]]
+    assert same == ["selection_space"]
+    args = [*("--data-root", str(tmp_path), "--cache-patches", "all", "--selection-space", "projected")]
+    assert main(["train", "--preset", "cub_B0_Inc20", *args]) == 0
+    assert seen[1].spa.selection_space == "projected"
 
 
 @pytest.mark.parametrize(
@@ -277,6 +400,21 @@ def test_every_key_of_an_experiment_is_accounted_for(document, tmp_path):
     _, lines = read(document, tmp_path)
     for key in document:
         assert sum(line.startswith(f"  {key} = ") for line in lines) == 1, key
+
+
+def test_the_keys_of_the_field_are_known(tmp_path):
+    keys = {
+        **{"memory_size": 0, "memory_per_class": 0, "fixed_memory": False, "backbone_type": "clip"},
+        **{"tuned_epoch": 5, "epochs": 5, "total_class_num": 200},
+    }
+    _, lines = read({**ENGINE, **keys}, tmp_path)
+    known = "prefix dataset shuffle init_cls increment model_name backbone_type convnet_type device seed "
+    known += (
+        "tuned_epoch epochs init_lr batch_size weight_decay min_lr optimizer memory_size memory_per_class "
+    )
+    known += "fixed_memory total_class_num projection_type frozen_layers text_des image_aug rerank stat"
+    assert set(known.split()) <= {line.split()[0] for line in lines if " = " in line}
+    assert not [line for line in lines if "UNKNOWN" in line]
 
 
 def test_an_engine_experiment(tmp_path):

@@ -163,9 +163,35 @@ def folder_names(data_set: DataSet) -> dict[str, str]:
 
 def prompt_templates(data_set: DataSet) -> tuple[str, ...]:
     """The prompt set published for it with CLIP; training uses the first."""
-    prompts = read_json(_HERE / "templates.json", "templates")
-    assert isinstance(prompts, dict)
-    return tuple(prompts[data_set.key])
+    return read_templates(_HERE / "templates.json", data_set, "templates")
+
+
+def read_templates(path: Path, data_set: DataSet | None, argument: str) -> tuple[str, ...]:
+    """Prompt templates from a JSON file: a list, or {data set: list} as LAMDA's repositories have it.
+
+    Args:
+        path: the file.
+        data_set: whose list is taken; None takes the only one.
+        argument: how the user gave the file, for messages.
+
+    Raises:
+        RunError: no list for the data set, or something in it that is no text with `{}`.
+    """
+    texts, where = read_json(path, argument), f"{argument}: {path}"
+    if isinstance(texts, dict):
+        names = (data_set.key, *data_set.aliases) if data_set else ()
+        found = [key for key in texts if not data_set or _plain(key) in names]
+        if len(found) != 1:
+            expected = f"one list for {data_set.key}" if data_set else "--preset, or a file of one data set"
+            hint = did_you_mean(data_set.key, texts) if data_set else ""
+            raise RunError(f"{where}: expected {expected}, got {', '.join(texts) or 'nothing'}{hint}")
+        texts, where = texts[found[0]], f"{where}: {found[0]}"
+    if not isinstance(texts, list) or not texts:
+        raise RunError(f"{where}: expected a list of templates, got {texts!r:.60}")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or "{}" not in text:
+            raise RunError(f"{where}[{i}]: expected a text with {{}} for the class name, got {text!r:.60}")
+    return tuple(texts)
 
 
 def description_file(data_set: DataSet) -> Path:

@@ -70,7 +70,7 @@ class TaskStream:
         cache: features by folder index, and of texts.
         order: folder index of each label.
         tasks: label ranges.
-        descriptions: per folder index; None leaves classes without semantic tokens.
+        descriptions: those in use, per folder index; None leaves classes without semantic tokens.
         templates: prompt templates with `{}` for the class name.
         config: how texts become tokens.
     """
@@ -114,7 +114,7 @@ class TaskStream:
         """The descriptions of one class that are in use."""
         if self._descriptions is None:
             return []
-        return list(self._descriptions[self.order[label]][: self._config.n_descriptions])
+        return list(self._descriptions[self.order[label]])
 
     def open_all(self) -> None:
         """Open every task, for scoring a method that has learnt them all."""

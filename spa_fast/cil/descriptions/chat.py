@@ -7,40 +7,23 @@ from __future__ import annotations
 
 import base64
 import email.utils
-import hashlib
+import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import openai
 
 from spa_fast.cil.descriptions.answers import MAX_ANSWER, Answer, Unusable, read_answer
+from spa_fast.cil.descriptions.budget import Budget
+from spa_fast.cil.descriptions.prompt import SYSTEM, estimate_sent, prompt_text
 from spa_fast.cil.descriptions.schema import Status
+from spa_fast.cil.descriptions.threads import started
 from spa_fast.cil.errors import RunError
 
 TIMEOUT = 60.0
-ATTEMPTS = 4
 LONGEST_WAIT = 120.0
-
-SYSTEM = "You describe in precise words what can be seen on single parts of an image."
-PROMPT = (
-    "{shown}List exactly {count} short visual attributes of the class '{name}'. Each names one thing that "
-    "can be seen on a part of such an image: a part and its shape, a colour, a texture, a marking. Prefer "
-    "what tells the class from similar ones. At most 12 words each, in English, plain text, no numbering, "
-    "without the name of the class, nothing about background, light or photography. "
-    'Answer with JSON: {{"descriptions": ["...", ...]}}'
-)
-SHOWN = "These images show '{name}'. "
-
-
-def prompt_sha256() -> str:
-    """Checksum of everything that is said to the model but names, counts and images."""
-    return hashlib.sha256("\n".join((SYSTEM, PROMPT, SHOWN)).encode()).hexdigest()
-
-
-class CostCap(RunError):
-    """The next request could cost more than was allowed."""
 
 
 class Busy(Exception):
@@ -51,35 +34,47 @@ class Busy(Exception):
         self.wait = wait
 
 
+class Late(Busy):
+    """No answer in time; it may have to be paid for."""
+
+
+class Outcome(NamedTuple):
+    """What became of one class: its texts and status, why there are none, and whether any answer came."""
+
+    texts: list[str]
+    status: Status
+    reason: str
+    answered: bool
+
+
 class Writer:
-    """One model at one address, what it has used so far, and the most it may cost.
+    """One model at one address; threads may share it.
 
     Args:
         model: model name.
         base_url: address of the API; empty takes the SDK's.
-        prices: USD per million tokens sent and answered.
-        max_cost: USD that may be spent; None means no cap.
-        timeout: seconds without a byte after which a request is given up.
-        sleep: waits between attempts.
+        budget: counts what requests use, and may cap it.
+        timeout: seconds after which a request is given up.
+        sleep: waits between attempts; by default until `stop`, at the longest.
 
     Attributes:
         address: where requests go.
-        used: tokens sent and answered.
-        answered: whether the last class got any answer at all, of use or not.
+        attempts: most requests for a class.
 
     Raises:
         RunError: no key in the environment, or an address that is none.
     """
+
+    attempts = 4
 
     def __init__(
         self,
         model: str,
         base_url: str = "",
         *,
-        prices: tuple[float, float] = (0.0, 0.0),
-        max_cost: float | None = None,
+        budget: Budget | None = None,
         timeout: float = TIMEOUT,
-        sleep: Callable[[float], object] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
     ) -> None:
         try:
             # A redirect would send images to an address that nobody agreed to.
@@ -98,17 +93,16 @@ class Writer:
         parts = urlsplit(self.address)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise RunError("--base-url: expected http(s)://HOST/PATH without a user name or query")
-        self._model, self._sleep = model, sleep
-        self._prices, self._max_cost = prices, max_cost
-        self.used = (0, 0)
-        self.answered = False
+        self._model, self._timeout, self._budget = model, timeout, budget or Budget()
+        self._stopped = threading.Event()
+        self._sleep = sleep or self._stopped.wait
 
-    def cost(self, sent: int, answered: int) -> float:
-        """USD for so many tokens."""
-        return (sent * self._prices[0] + answered * self._prices[1]) / 1e6
+    def stop(self) -> None:
+        """Let no class be asked for again; requests under way may still be answered."""
+        self._stopped.set()
 
-    def ask(self, name: str, count: int, images: Sequence[bytes]) -> tuple[list[str], Status, str]:
-        """Descriptions of one class, its status, and the reason if there are none.
+    def ask(self, name: str, count: int, images: Sequence[bytes]) -> Outcome:
+        """Descriptions of one class.
 
         Args:
             name: class name.
@@ -116,45 +110,39 @@ class Writer:
             images: JPEG files.
 
         Raises:
-            CostCap: the cap would be passed.
+            CostCap: the cap could be passed.
             RunError: nothing further can be asked: key, model, quota or request refused.
         """
         status: Status = "failed"
         reason = complaint = ""
-        self.answered = False
-        for attempt in range(ATTEMPTS):
+        answered = False
+        for attempt in range(self.attempts):
             try:
-                texts = self._once(name, count, images, complaint)
-                self.answered = True
-                return texts, "ok", ""
+                return Outcome(self._once(name, count, images, complaint), "ok", "", True)
             except Unusable as error:
-                self.answered = True
+                answered = True
                 status, reason, complaint = error.status, str(error), str(error)
                 if error.final:
                     break
             except Busy as error:
                 status, reason = "failed", str(error)
-                if attempt + 1 < ATTEMPTS:
+                if attempt + 1 < self.attempts:
                     self._sleep(2.0**attempt if error.wait is None else error.wait)
-        return [], status, reason
+            if self._stopped.is_set():
+                break
+        return Outcome([], status, reason, answered)
 
     def _once(self, name: str, count: int, images: Sequence[bytes], complaint: str) -> list[str]:
-        text = PROMPT.format(shown=SHOWN.format(name=name) if images else "", count=count, name=name)
-        if complaint:
-            text += f"\nYour last answer could not be used: {complaint}."
-        sent = estimate_sent(len(text), len(images))
-        spent = self.cost(self.used[0] + sent, self.used[1] + MAX_ANSWER)
-        if self._max_cost is not None and spent > self._max_cost:
-            so_far = self.cost(*self.used)
-            raise CostCap(
-                f"--max-cost: ${so_far:.4f} spent, the next request could pass ${self._max_cost:g}; "
-                "raise it and run the same command again"
-            )
-        completion = self._request(text, images)
-        usage = getattr(completion, "usage", None)
-        counted = [getattr(usage, key, None) for key in ("prompt_tokens", "completion_tokens")]
-        new = [n if isinstance(n, int) else e for n, e in zip(counted, (sent, MAX_ANSWER), strict=True)]
-        self.used = (self.used[0] + new[0], self.used[1] + new[1])
+        text = prompt_text(name, count, len(images), complaint)
+        most = (estimate_sent(len(text), len(images)), MAX_ANSWER)
+        with self._budget.request(*most) as take:
+            try:
+                # The SDK's timeout starts anew with every byte.
+                completion = started(lambda: self._request(text, images)).result(self._timeout)
+            except (Late, TimeoutError) as error:
+                take(*most)
+                raise Late("no answer in time") from error
+            take(*_used(completion, most))
         return read_answer(completion, count)
 
     def _request(self, text: str, images: Sequence[bytes]) -> object:
@@ -172,7 +160,7 @@ class Writer:
                 max_completion_tokens=MAX_ANSWER,
             )
         except openai.APITimeoutError as error:
-            raise Busy("no answer in time") from error
+            raise Late("no answer in time") from error
         except openai.APIConnectionError as error:
             raise Busy("connection lost") from error
         except openai.APIStatusError as error:
@@ -203,14 +191,14 @@ class Writer:
         return RunError(f"describe: {self.address} refuses the request: {words}")
 
 
-def estimate(images: int, count: int) -> tuple[int, int]:
-    """Tokens sent and answered for one class: 25 a description and 500 of thinking."""
-    return estimate_sent(len(PROMPT) + len(SHOWN), images), 25 * count + 500
-
-
-def estimate_sent(characters: int, images: int) -> int:
-    """Tokens of a request: a quarter of its characters, and 85 for each image at low detail."""
-    return (len(SYSTEM) + characters) // 4 + 85 * images
+def _used(completion: object, most: tuple[int, int]) -> tuple[int, int]:
+    """Tokens that an answer says it took; what it does not say counts as the most."""
+    usage = getattr(completion, "usage", None)
+    sent, answered = (getattr(usage, key, None) for key in ("prompt_tokens", "completion_tokens"))
+    return (
+        sent if isinstance(sent, int) and sent >= 0 else most[0],
+        answered if isinstance(answered, int) and answered >= 0 else most[1],
+    )
 
 
 def _retry_after(headers: Any) -> float | None:

@@ -55,6 +55,8 @@ class DescribeConfig:
     """Folder of extracted features; default `feature_cache` beside the file written."""
     allow_upload: Annotated[bool, arg(aliases=["--yes"])] = False
     """Send images and class names to the model; without it only the estimate is printed."""
+    parallel: int = 4
+    """Classes asked for at a time; 1 asks for one after another."""
     prices: tuple[float, float] | None = None
     """USD per million tokens sent and answered, for estimates and --max-cost."""
     max_cost: float | None = None
@@ -63,6 +65,7 @@ class DescribeConfig:
     def __post_init__(self) -> None:
         check_range(self, "n_descriptions", 1, len(TEMPLATE) + 1 if self.from_template else 51)
         check_range(self, "exemplars", 0, 51)
+        check_range(self, "parallel", 1, 65)
         if bool(self.model) == self.from_template:
             raise RunError("describe: expected --model NAME or --from-template")
         for number in (*(self.prices or ()), self.max_cost or 0.0):

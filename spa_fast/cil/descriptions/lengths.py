@@ -33,7 +33,9 @@ def fit_lengths(
     limit: int,
     say: Callable[[str], None],
 ) -> list[list[str]]:
-    """The descriptions in use, with one line about those that are too long; split if the settings say so.
+    """The first `n_descriptions` of each class, with one line about those that are too long.
+
+    Split, each piece is a description of its own, and none of the others is dropped for it.
 
     Args:
         names: class names.
@@ -72,7 +74,7 @@ def split_text(text: str, fits: Callable[[str], bool]) -> list[str]:
     """Pieces of a text that fit, of whole words, ending at punctuation where that is not far to find."""
     words, pieces = text.split(), []
     while words:
-        n = next((i for i in range(len(words), 1, -1) if fits(" ".join(words[:i]))), 1)
+        n = next((i for i in range(1, len(words)) if not fits(" ".join(words[: i + 1]))), len(words))
         if n < len(words):
             n = next((i for i in range(n, n // 2, -1) if words[i - 1][-1] in ".;,:"), n)
         pieces.append(" ".join(words[:n]))

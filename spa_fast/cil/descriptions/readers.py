@@ -106,7 +106,7 @@ def _nested(document: Mapping[str, Any], names: Sequence[str], dataset: str, whe
     best = [key for key in document if cover[key] == max(cover.values())]
     chosen = next((key for key in document if plain(key) == plain(dataset)), None) if dataset else None
     if chosen is None and len(best) > 1:
-        raise RunError(f"{where}: holds {short(sorted(document))}: say which, or give class names")
+        raise RunError(f"{where}: holds {short(sorted(document))}: say which by --preset or --classnames")
     chosen = chosen or best[0]
     classes = []
     for name, value in document[chosen].items():

@@ -32,6 +32,11 @@ class ClassEntry:
     images: tuple[str, ...] = ()
     reason: str = ""
 
+    @property
+    def settled(self) -> bool:
+        """Whether nobody has to be asked for it any more."""
+        return self.status in ("ok", "manual") and bool(self.texts)
+
 
 @dataclass(frozen=True)
 class Descriptions:
