@@ -15,7 +15,7 @@ from spa_fast import GaussianBank, spa_scores, topk_patches
 from spa_fast.cil.data.cache import FeatureCache
 from spa_fast.cil.data.datasets import read_image_folders
 from spa_fast.cil.data.order import class_order, split_tasks
-from spa_fast.cil.descriptions.schema import read_descriptions
+from spa_fast.cil.descriptions.lint import read_descriptions
 from spa_fast.cil.loading import load_backbone
 from spa_fast.cil.projectors import ProjectorBank
 

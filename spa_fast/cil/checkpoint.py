@@ -65,10 +65,10 @@ def new_run_folder(out: Path, replaceable: Collection[str] = ()) -> Iterator[Pat
             shutil.rmtree(earlier, ignore_errors=True)
 
 
-def check_out(out: Path, replaceable: Collection[str] = ()) -> None:
-    """Refuse a run folder that would overwrite something."""
+def check_out(out: Path, replaceable: Collection[str] = (), argument: str = "--out") -> None:
+    """Refuse a folder to write that would overwrite something."""
     if out.exists() and not (out.is_dir() and all(p.name in replaceable for p in out.iterdir())):
-        raise RunError(f"--out: {out} exists and is not an empty folder; choose another or remove it")
+        raise RunError(f"{argument}: {out} exists and is not an empty folder; choose another or remove it")
 
 
 def save_run(folder: Path, run: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:

@@ -110,8 +110,9 @@ def _reason(child: _Child) -> str:
     code = child.process.returncode
     if code == 0:
         return ""
-    how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name} ({child.job.log})"
     # Progress bars end in carriage returns, not in lines.
     text = child.job.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
     last = next((line.strip() for line in reversed(text) if line.strip()), "no output")
-    return f"{how}: {last.removeprefix('spa-fast: error: ')[:300]} ({child.job.log})"
+    return f"exit code {code}: {last.removeprefix('spa-fast: error: ')[:300]} ({child.job.log})"

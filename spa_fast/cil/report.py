@@ -39,13 +39,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def label(method: str) -> str:
+    """What a method is called beside its figures."""
+    return "SPA (reconstructed)" if method == "spa" else method
+
+
 def result_row(
     method: str, matrix: AccuracyMatrix, seconds: float, config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One run as results.json holds it; accuracies in percent."""
     return {
         "method": method,
-        "label": "SPA (reconstructed)" if method == "spa" else method,
+        "label": label(method),
         "average": matrix.average,
         "last": matrix.last,
         "forgetting": matrix.forgetting,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from spa_fast.cil.checkpoint import STATE
 from spa_fast.cil.errors import RunError
-from spa_fast.cil.json_input import read_json
+from spa_fast.cil.finished import check_inputs, finished, hash_reader
 from spa_fast.cil.lock import exclusive
 from spa_fast.cil.presets import changes, run_name
 from spa_fast.cil.processes import Job, run_jobs
-from spa_fast.cil.report import SUMMARY, table, write_csv
+from spa_fast.cil.report import SUMMARY, label, table, write_csv
 from spa_fast.cil.run_config import RunConfig
-from spa_fast.cil.train import FILES
 
 Vary = Literal["order", "training"]
 Say = Callable[[str], None]
@@ -82,44 +78,6 @@ def slots(device: str | None, jobs: int) -> list[str]:
     return [device or "cpu"] * jobs
 
 
-def finished(run: SweepRun) -> dict[str, Any] | None:
-    """The run's results.json if the run has ended and its files are whole, else None.
-
-    Raises:
-        RunError: the folder holds something else, or a run with other settings.
-    """
-    folder = run.folder
-    if not folder.exists():
-        return None
-    if not folder.is_dir() or not all(path.name in FILES for path in folder.iterdir()):
-        raise RunError(f"{folder} exists and is no run folder; remove it")
-    try:
-        row = read_json(folder / "results.json", "results")
-        if not isinstance(row, dict):
-            return None
-        config = RunConfig.from_dict(row["config"])
-        curve, matrix = row["accuracies"], row["matrix"]
-        whole = (
-            len(curve) == len(matrix) == len(row["protocol"]["tasks"])
-            and math.isclose(row["average"], statistics.fmean(curve), abs_tol=1e-6)
-            and math.isclose(row["last"], curve[-1], abs_tol=1e-6)
-            and all(math.isfinite(row[key]) for key in SUMMARY)
-        )
-        # Opening compares the file's length with its header.
-        with safe_open(folder / STATE, framework="pt"):
-            pass
-    except (RunError, KeyError, TypeError, IndexError, ValueError, OSError, SafetensorError):
-        return None
-    if not whole:
-        return None
-    # Where a run was computed and its features lie says nothing about what it is.
-    there, here = ({**c.as_dict(), "device": None, "cache": None} for c in (config, run.config))
-    other = sorted(key for key in here if here[key] != there[key])
-    if other:
-        raise RunError(f"{folder} holds a run with other settings ({', '.join(other)}); remove it")
-    return row
-
-
 def run_sweep(runs: Sequence[SweepRun], out: Path, devices: Sequence[str], say: Say) -> int:
     """Carry out what is not finished yet, print mean and spread, write sweep.csv; 1 if a run failed.
 
@@ -141,16 +99,19 @@ def run_sweep(runs: Sequence[SweepRun], out: Path, devices: Sequence[str], say: 
 
         def on_end(job: Job, reason: str) -> None:
             run = pending[job]
-            row = None if reason else finished(run)
+            row = None if reason else finished(run.folder, run.config)
             if row is None:
                 fail(run, reason or f"it ended well, but its folder is not whole ({job.log})")
             else:
                 rows[run] = row
                 say(f"finished: {run.title}: {_figures(row)}, {row['seconds']:.1f} s")
 
+        hashes = hash_reader()
         for run in runs:
             try:
-                row = finished(run)
+                row = finished(run.folder, run.config)
+                if row is not None:
+                    check_inputs(run.folder, row, hashes(run.config))
             except RunError as error:
                 fail(run, str(error))
                 continue
@@ -210,7 +171,7 @@ def _shown(summary: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             line["preset"],
-            line["method"],
+            label(line["method"]),
             str(line["n"]) if line["n"] == line["runs"] else f"{line['n']} of {line['runs']}",
             *(cell(line, key) for key in SUMMARY),
         ]

@@ -53,7 +53,8 @@ class Wandb:
     """A run of Weights & Biases; project, entity and mode are its own environment variables'."""
 
     def __init__(self, module: Any, folder: Path, name: str, config: Mapping[str, Any]) -> None:
-        self.run = module.init(name=name, config=dict(config), dir=str(folder))
+        # It prints where its files are, for `wandb sync`: beside the run folder, which is renamed at the end.
+        self.run = module.init(name=name, config=dict(config), dir=str(folder.parent))
         for kind in ("epoch", "stage"):
             self.run.define_metric(f"{kind}/*", step_metric=kind)
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from spa_fast.cil.checkpoint import new_run_folder, save_run
+from spa_fast.cil.checkpoint import RUN, STATE, new_run_folder, save_run
 from spa_fast.cil.data.images import relative_name
-from spa_fast.cil.descriptions.readers import fingerprint
 from spa_fast.cil.descriptions.select import select_exemplars
 from spa_fast.cil.errors import RunError
-from spa_fast.cil.experiment import Experiment, make_method, prepare
+from spa_fast.cil.experiment import Experiment, input_hashes, make_method, prepare
 from spa_fast.cil.loop import Outcome, run_tasks
 from spa_fast.cil.methods.base import Method
 from spa_fast.cil.methods.spa import Spa
@@ -32,11 +31,8 @@ from spa_fast.cil.run_config import RunConfig
 from spa_fast.cil.tracking import LOG, METRICS, RunLog, TrackerName, tracker_module
 
 # What a run folder may hold.
-
-
 FILES = (
-    *("results.json", "results.csv", METRICS, LOG, "curve.png", "exemplars.json", "run.json"),
-    *("model.safetensors", "tensorboard", "wandb"),
+    *("results.json", "results.csv", METRICS, LOG, "curve.png", "exemplars.json", RUN, STATE, "tensorboard"),
 )
 
 
@@ -99,7 +95,7 @@ def _run(config: RunConfig, out: Path, folder: Path, log: RunLog, track: Tracker
     for line in lamda_summary(outcome.matrix):
         log.say(line)
     figures = ", ".join(f"{key} {row[key]:.2f}" for key in SUMMARY)
-    log.say(f"{figures} (%), {row['seconds']:.1f} s: {out}")
+    log.say(f"{row['label']}: {figures} (%), {row['seconds']:.1f} s: {out}")
     return row
 
 
@@ -110,7 +106,8 @@ def write_run(
     config = experiment.config
     write_json(folder / "results.json", row)
     write_csv(folder / "results.csv", stage_rows(outcome.matrix))
-    draw_curve(folder / "curve.png", {row["label"]: outcome.matrix.accuracies}, config.data.name)
+    title = f"{row['label']}, {config.preset or config.data.name}"
+    draw_curve(folder / "curve.png", {row["label"]: outcome.matrix.accuracies}, title)
     if config.method == "spa":
         write_json(folder / "exemplars.json", exemplars(experiment))
     description = {
@@ -140,7 +137,6 @@ def stage_record(experiment: Experiment, outcome: Outcome) -> dict[str, Any]:
 def protocol(experiment: Experiment) -> dict[str, Any]:
     """What a figure depends on beside the settings."""
     config = experiment.config
-    file = config.description_file
     return {
         "preset": config.preset,
         "changed": {key: {"preset": there, "here": here} for key, (there, here) in changes(config).items()},
@@ -148,11 +144,10 @@ def protocol(experiment: Experiment) -> dict[str, Any]:
         "stored_images": 0,
         "excluded_images": experiment.data.left_out,
         "backbone": config.backbone,
-        "backbone_fingerprint": experiment.backbone.fingerprint,
         "transform": config.transform,
         "templates": list(config.templates),
         "seeds": {"order": config.order_seed if config.shuffle else None, "training": config.seed},
-        "descriptions_sha256": fingerprint(file) if file else None,
+        **input_hashes(config, experiment.data, experiment.backbone.fingerprint),
         "class_order": experiment.order,
         "tasks": [len(task) for task in experiment.stream.tasks],
     }

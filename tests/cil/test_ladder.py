@@ -1,10 +1,13 @@
 import json
+import shlex
 
 import pytest
+from PIL import Image
 
 from spa_fast.cil.checkpoint import new_run_folder
-from spa_fast.cil.demo.ladder import FILES, ladder, run_demo
+from spa_fast.cil.demo.ladder import FILES, keep_run, ladder, run_demo
 from spa_fast.cil.errors import RunError
+from spa_fast.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +59,24 @@ def test_an_earlier_demo_survives_a_failing_one(tmp_path):
         raise KeyboardInterrupt
     assert (tmp_path / "results.json").read_text() == "old"
     assert not list(tmp_path.parent.glob(".*.partial"))
+
+
+def test_a_kept_run_can_be_used_by_who_has_no_images(tmp_path, capsys):
+    folder, lines = tmp_path / "my demo", []
+    keep_run(folder, 900, lines.append)
+    command, picture = lines[-1].partition("spa-fast ")[2], folder / "why.png"
+    assert main(shlex.split(command)) == 0
+    with Image.open(picture) as image:
+        assert image.width > 2 * image.height
+    assert "rank " in capsys.readouterr().out
+    row = json.loads((folder / "run" / "results.json").read_text())
+    assert main(["eval", str(folder / "run")]) == 0
+    assert f"{row['last']:.2f} % of 500 images (stored: {row['last']:.2f} %)" in capsys.readouterr().out
+
+
+def test_what_is_kept_overwrites_nothing(tmp_path, capsys):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "notes.txt").write_text("mine")
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--keep", str(tmp_path / "kept")]) == 2
+    assert f"--keep: {tmp_path / 'kept'} exists" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -16,11 +16,12 @@ import pytest
 import torch
 from folder_twins import write_twin
 
-from spa_fast.cil.data.catalog import DATA_SETS
+from spa_fast.cil.data.catalog import DATA_SETS, description_file
 from spa_fast.cil.errors import RunError
+from spa_fast.cil.finished import check_inputs, finished, hash_reader
 from spa_fast.cil.lock import exclusive
 from spa_fast.cil.presets import preset_config
-from spa_fast.cil.sweep import SweepRun, finished, plan, run_sweep, slots
+from spa_fast.cil.sweep import plan, run_sweep, slots
 from spa_fast.cli import main, split_sweep
 
 AIRCRAFT, FOOD = "aircraft_B0_Inc50", "food101_B0_Inc50"
@@ -76,7 +77,7 @@ def test_orders_go_up_as_in_lamdas_seed_lists(tmp_path):
     runs = plan(config, ["train"], 3, "order", tmp_path)
     assert [(run.config.order_seed, run.config.seed) for run in runs] == [(1993, 1), (1994, 1), (1995, 1)]
     assert runs[0].folder.name == "cub_B0_Inc20-spa-ViT-B-16-laion400m_e32-seed1"
-    assert len({run.folder for run in runs}) == 3
+    assert [run.folder.name for run in runs[1:]] == [f"{runs[0].folder.name}-order{n}" for n in (1994, 1995)]
     assert runs[1].arguments == ("train", "--order-seed", "1994", "--out", str(runs[1].folder))
 
 
@@ -128,12 +129,12 @@ def test_refused_before_any_run(args, words, data_root, tmp_path, capsys, monkey
 
 
 def test_a_finished_run_is_recognised_wherever_it_was_computed(one):
-    row = finished(one)
+    row = finished(one.folder, one.config)
     assert row["last"] == row["accuracies"][-1]
     path = one.folder / "results.json"
     path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda:3"'))
-    assert finished(one) == json.loads(path.read_text())
-    assert finished(SweepRun(one.config, (), one.folder.with_name("none"))) is None
+    assert finished(one.folder, one.config) == json.loads(path.read_text())
+    assert finished(one.folder.with_name("none"), one.config) is None
 
 
 def _no_key(row):
@@ -159,30 +160,81 @@ def _no_key(row):
 def test_damaged_results_are_no_results(one, damage):
     path = one.folder / "results.json"
     path.write_text(damage(json.loads(path.read_text())))
-    assert finished(one) is None
+    assert finished(one.folder, one.config) is None
 
 
 def test_missing_or_short_state_is_no_result(one):
     state = one.folder / "model.safetensors"
     state.write_bytes(state.read_bytes()[:-8])
-    assert finished(one) is None
+    assert finished(one.folder, one.config) is None
     state.unlink()
-    assert finished(one) is None
+    assert finished(one.folder, one.config) is None
 
 
 def test_foreign_folders_and_other_settings_are_refused(one):
     path = one.folder / "results.json"
     text = path.read_text()
-    path.write_text(text.replace('"increment": 50', '"increment": 25'))
-    with pytest.raises(RunError, match=r"other settings \(increment\); remove it"):
-        finished(one)
+    path.write_text(text.replace('"increment": 50', '"increment": 25').replace('"lr": 0.05', '"lr": 0.1'))
+    with pytest.raises(RunError, match=r"other settings \(increment, lr\); remove it"):
+        finished(one.folder, one.config)
     path.write_text(text)
     (one.folder / "thesis.tex").write_text("x")
     with pytest.raises(RunError, match="no run folder; remove it"):
-        finished(one)
+        finished(one.folder, one.config)
+
+
+def test_a_run_belongs_to_its_inputs(one, backbone_config, tmp_path):
+    """Copied or touched data are the same; other images, class names or encoders are not."""
+    row = finished(one.folder, one.config)
+
+    def other(**changes):
+        config = dataclasses.replace(one.config, order_seed=7, seed=8, **changes)
+        try:
+            check_inputs(one.folder, row, hash_reader()(config))
+        except RunError as error:
+            return re.fullmatch(r".* holds a run from other inputs \((.*)\); remove it", str(error))[1]
+        return ""
+
+    data = tmp_path / "aircraft"
+    shutil.copytree(one.config.data, data, copy_function=shutil.copyfile)
+    assert other(data=data) == ""
+    image = next((data / "test").rglob("*.jpg"))
+    extra = image.with_name("extra.jpg")
+    shutil.copyfile(image, extra)
+    assert other(data=data) == "data_sha256"
+    extra.unlink()
+    assert other(data=data) == ""
+    image.write_bytes(image.read_bytes() + b"x")
+    assert other(data=data) == "data_sha256"
+    names = {folder.name: f"{folder.name} plane" for folder in (data / "train").iterdir()}
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    assert other(classnames=tmp_path / "names.json") == "data_sha256"
+    encoder = backbone_config.with_name("other.json")
+    encoder.write_text(backbone_config.read_text().replace('"patch_size": 8', '"patch_size": 4'))
+    assert other(backbone=f"config:{encoder}") == "backbone_fingerprint"
+    assert other(transform="openclip") == "backbone_fingerprint"
+    row["protocol"].pop("data_sha256")
+    assert other() == "data_sha256"
 
 
 # --- whole sweeps
+
+
+def test_resuming_with_other_descriptions_is_refused(arguments, tmp_path, capsys):
+    texts = tmp_path / "texts.json"
+    text = description_file(DATA_SETS["aircraft"]).read_text()
+    texts.write_text(text)
+    args = ["sweep", AIRCRAFT, "--seeds", "1", *arguments, "--out", str(tmp_path / "sweep")]
+    args += ["--descriptions", str(texts), "--method", "zero_shot", "--zero-shot-texts", "descriptions"]
+    assert main(args) == 0
+    assert main(args) == 0
+    assert "finished before: aircraft" in capsys.readouterr().out
+    texts.write_text(text.replace("engine", "motor"))
+    assert main(args) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed: ")]
+    assert "holds a run from other inputs (descriptions_sha256); remove it" in line
+    texts.write_text(text)
+    assert main(args) == 0
 
 
 def test_a_sweep_with_a_failing_preset_resumed(data_root, arguments, tmp_path, capsys):
@@ -235,10 +287,11 @@ def test_mean_and_sample_deviation(one, tmp_path, monkeypatch):
     config, folder = one.config, one.folder
     runs = plan(config, ["train"], 3, "order", folder.parent)
     rows = {
-        run: dict.fromkeys(("average", "last", "forgetting", "bwt"), v)
+        run.folder: {**dict.fromkeys(("average", "last", "forgetting", "bwt"), v), "protocol": {}}
         for run, v in zip(runs, (1, 2, 6), strict=True)
     }
-    monkeypatch.setattr("spa_fast.cil.sweep.finished", lambda run: rows[run])
+    monkeypatch.setattr("spa_fast.cil.sweep.finished", lambda folder, config: rows[folder])
+    monkeypatch.setattr("spa_fast.cil.sweep.hash_reader", lambda: lambda config: {})
     heard = []
     assert run_sweep(runs, tmp_path / "all", ["cpu"], heard.append) == 0
     # (1, 2, 6): mean 3, sample variance (4 + 1 + 9) / 2 = 7.
@@ -257,6 +310,42 @@ def test_two_sweeps_in_one_folder(arguments, tmp_path, capsys):
     with exclusive(tmp_path / ".sweep.lock", "held"):
         assert main(["sweep", AIRCRAFT, *arguments, "--out", str(tmp_path)]) == 2
     assert f"--out: another sweep is filling {tmp_path} (process {os.getpid()}" in capsys.readouterr().err
+
+
+def test_a_sweep_survives_a_killed_run(data_root, backbone_config, tmp_path, capsys):
+    """SIGKILL in the middle of training costs that run alone; the same command does it again, and only it."""
+    out = tmp_path / "sweep"
+    args = [*("sweep", AIRCRAFT, "--seeds", "3", "--data-root", str(data_root), "--out", str(out))]
+    args += ["--backbone", f"config:{backbone_config}", "--epochs", "60", "--k", "4"]
+    with subprocess.Popen([sys.executable, "-m", "spa_fast.cli", *args], stdout=subprocess.PIPE) as process:
+        try:
+            until = time.monotonic() + 120
+            # The first run, while it trains.
+            while not (begun := list(out.glob(".*.partial/metrics.jsonl"))):
+                assert process.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            partial = begun[0].parent
+            lock = partial.with_suffix(".lock")
+            os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)
+            said = process.communicate(timeout=240)[0].decode()
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert f"failed: {AIRCRAFT}, order 1993, seed 1: ended by SIGKILL (" in said
+    assert re.findall(r"^finished: .*order (\d+)", said, re.MULTILINE) == ["1994", "1995"]
+    assert partial.is_dir()
+    before = {path: path.read_bytes() for path in out.glob("*/results.json")}
+    assert main(args) == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"^(\w+)[^:]*: .*order (\d+)", said, re.MULTILINE) == [
+        *(("finished", "1994"), ("finished", "1995"), ("started", "1993"), ("finished", "1993"))
+    ]
+    assert {path: path.read_bytes() for path in before} == before
+    assert not lock.exists()
+    assert not partial.exists()
+    with (out / "sweep.csv").open() as file:
+        assert next(csv.DictReader(file))["order_seeds"] == "1993 1994 1995"
 
 
 def test_an_interrupted_sweep_ends_its_children(one, arguments):
@@ -282,4 +371,4 @@ def test_an_interrupted_sweep_ends_its_children(one, arguments):
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
-    assert finished(one)
+    assert finished(one.folder, one.config)

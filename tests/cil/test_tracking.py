@@ -1,5 +1,6 @@
 """What a run writes as it goes, and trackers: present, absent, broken."""
 
+import hashlib
 import json
 import sys
 from types import SimpleNamespace
@@ -8,6 +9,8 @@ import pytest
 
 from spa_fast.cil.config import SpaConfig
 from spa_fast.cil.errors import RunError
+from spa_fast.cil.metrics import AccuracyMatrix
+from spa_fast.cil.report import lamda_summary
 from spa_fast.cil.run_config import RunConfig
 from spa_fast.cil.tracking import RunLog
 from spa_fast.cil.train import replay, train
@@ -102,6 +105,13 @@ def test_the_log_ends_like_lamdas(config, tmp_path):
     assert average == f"Average Accuracy (CNN): {round(sum(values) / STAGES, 2)}"
 
 
+def test_lamdas_lines_by_hand():
+    matrix = AccuracyMatrix()
+    for correct, sizes in (([1], [4]), ([1, 2], [4, 2]), ([4, 2, 0], [4, 2, 3])):
+        matrix.add_stage(correct, sizes)
+    assert lamda_summary(matrix) == ["CNN top1 curve: [25.0, 50.0, 66.67]", "Average Accuracy (CNN): 47.22"]
+
+
 def test_results_say_what_they_depend_on(config, tmp_path):
     train(config, tmp_path / "r")
     row = json.loads((tmp_path / "r" / "results.json").read_text())
@@ -113,6 +123,8 @@ def test_results_say_what_they_depend_on(config, tmp_path):
     assert (protocol["replay"], protocol["stored_images"]) == ("pseudo", 0)
     assert protocol["seeds"] == {"order": 1993, "training": 1}
     assert protocol["backbone"] == config.absolute().backbone
+    assert all(len(protocol[key]) == 64 for key in ("backbone_fingerprint", "data_sha256"))
+    assert protocol["descriptions_sha256"] == hashlib.sha256(config.descriptions.read_bytes()).hexdigest()
     assert (protocol["transform"], protocol["templates"]) == ("openclip", ["a photo of a {}."])
     again = train(config, tmp_path / "s")
     assert len(row["run_id"]) == 12
@@ -171,6 +183,9 @@ def test_every_tracker_hears_the_same(track, config, install, tmp_path):
         assert recorder.named("init")[0][1]["config"]["spa"]["k"] == 4
         assert recorder.named("init")[0][1]["config"]["run_id"] == row["run_id"]
         assert recorder.named("init")[0][1]["name"] == "r"
+    if track == "wandb":
+        # It prints this folder when it has ended; the run folder's working name is gone by then.
+        assert recorder.named("init")[0][1]["dir"] == str(tmp_path)
 
 
 @pytest.mark.parametrize("track", TRACKERS)

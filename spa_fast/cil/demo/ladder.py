@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import statistics
 import tempfile
 import time
@@ -17,7 +18,7 @@ from spa_fast.cil.backbone import Backbone
 from spa_fast.cil.checkpoint import new_run_folder
 from spa_fast.cil.config import SpaConfig
 from spa_fast.cil.data.images import read_image
-from spa_fast.cil.demo.world import contact_sheet, write_dataset
+from spa_fast.cil.demo.world import CLASSES, contact_sheet, write_dataset
 from spa_fast.cil.experiment import Experiment, make_method, prepare
 from spa_fast.cil.loading import load_backbone
 from spa_fast.cil.loop import run_tasks
@@ -33,6 +34,7 @@ from spa_fast.cil.report import (
     write_json,
 )
 from spa_fast.cil.run_config import RunConfig
+from spa_fast.cil.train import train
 
 FILES = (
     *("results.json", "results.csv", "metrics.jsonl", "curve.png"),
@@ -89,16 +91,7 @@ def run_demo(out: Path, seeds: range, say: Callable[[str], None]) -> dict[str, A
             for seed in seeds:
                 world = Path(scratch) / f"world_{seed}"
                 write_dataset(world, seed, TRAIN_PER_CLASS, TEST_PER_CLASS)
-                base = RunConfig(
-                    data=world,
-                    backbone=backbone.name,
-                    descriptions=world / "descriptions.json",
-                    classnames=world / "names.json",
-                    increment=INCREMENT,
-                    order_seed=1993 + seed,
-                    seed=seed,
-                    spa=SPA,
-                )
+                base = world_config(world, seed)
                 bar.update()
                 for name, changes in steps.items():
                     config = dataclasses.replace(base, **changes)
@@ -124,6 +117,37 @@ def run_demo(out: Path, seeds: range, say: Callable[[str], None]) -> dict[str, A
     say(NOTE)
     say(f"{results['seconds']} s, {len(seeds)} seeds; {out}: results.json, metrics.jsonl, results.csv, *.png")
     return results
+
+
+def keep_run(folder: Path, seed: int, say: Callable[[str], None]) -> None:
+    """Write one world and a run of the full method over it into `folder`, to be used like any other.
+
+    Args:
+        folder: gets `world`, `run` and `feature_cache`; must not exist or be empty.
+        seed: of the world, its class order and training.
+        say: gets the run's lines, and a command to go on with.
+    """
+    world, run = folder / "world", folder / "run"
+    write_dataset(world, seed, TRAIN_PER_CLASS, TEST_PER_CLASS)
+    train(world_config(world, seed), run, say)
+    name = next(iter(CLASSES))
+    image = world / "test" / name / "000.png"
+    command = ["explain", str(run), str(image), "--class", name, "--out", str(folder / "why.png")]
+    say(f"to look into it: spa-fast {shlex.join(command)}")
+
+
+def world_config(world: Path, seed: int) -> RunConfig:
+    """Settings of the full method over a written world."""
+    return RunConfig(
+        data=world,
+        backbone=f"local-dir:{CHECKPOINT}",
+        descriptions=world / "descriptions.json",
+        classnames=world / "names.json",
+        increment=INCREMENT,
+        order_seed=1993 + seed,
+        seed=seed,
+        spa=SPA,
+    )
 
 
 def run_step(experiment: Experiment, name: str, log: Path) -> tuple[dict[str, Any], Method]:
