@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import DEVICE
-from measure import seconds_and_peak_mb, synchronised
+from measure import record, seconds_and_peak_mb, synchronised
 from torch.distributions import MultivariateNormal
 
 from spa_fast import GaussianBank
@@ -21,7 +21,6 @@ WHO = [CHOLESKY, BATCHED, "randn+baddbmm, cached factor", "spa_fast, fp32 factor
 @pytest.fixture(scope="module", params=[192, 512, 768, 1024])
 def gaussians(request):
     """mean [C, D], covariance and its factor [C, D, D], fp32, and banks of the factor in fp32 and fp16."""
-    torch.set_num_threads(1)
     D, generator = request.param, torch.Generator().manual_seed(0)
     mean = torch.randn(C, D, generator=generator)
     tril = torch.randn(C, D, D, generator=generator).div_(D**0.5).tril_() + torch.eye(D)
@@ -74,7 +73,7 @@ def assert_parity(draws, mean, cov):
 
 @pytest.mark.parametrize("n", [4, 256])
 @pytest.mark.parametrize("who", WHO)
-def bench_sample_gaussian(benchmark, not_measured, gaussians, who, n):
+def bench_sample_gaussian(benchmark, one_thread, not_measured, gaussians, who, n):
     mean, cov, tril, banks = gaussians
     D = mean.shape[1]
     shape = f"C={C} n={n} D={D}"
@@ -85,7 +84,6 @@ def bench_sample_gaussian(benchmark, not_measured, gaussians, who, n):
         not_measured(benchmark.group, who, f"repeats each factor {n} times, over half a minute a draw")
     size = 2 if "fp16" in who else 4
     moved = C * (size * D * (D + 1) // 2 + 4 * D * (n + 1))
-    benchmark.extra_info.update(shape=shape, dtype="float32", backend=who, threads=1, bytes_moved=moved)
     draw = contender(who, mean, cov, tril, banks)
     run = synchronised(lambda: draw(n))
     if who in (CHOLESKY, BATCHED):
@@ -96,5 +94,4 @@ def bench_sample_gaussian(benchmark, not_measured, gaussians, who, n):
         assert_parity(run(), mean, cov)
         _, peak, _ = seconds_and_peak_mb(run)
         benchmark.pedantic(run, rounds=ROUNDS[n], iterations=1, warmup_rounds=1)
-    if peak is not None:
-        benchmark.extra_info["peak_mem_mb"] = peak
+    record(benchmark, peak, backend=who, shape=shape, bytes_moved=moved)

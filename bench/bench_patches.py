@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE
+from cases import DEVICE, TransportCase, unit
 from measure import synchronised, time_row
-from peers import no_compiler
+from peers import no_compiler, plot_loop, plot_step
 from torch import Tensor
 
 from spa_fast import spa_scores, topk_patches
@@ -52,10 +52,6 @@ CASES = [
 BACKWARD = [MAIN, PatchCase(5, 300, 64), PatchCase(25, 100, 32)]
 
 
-def unit(x: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(x, dim=-1)
-
-
 def gemm(patches: Tensor, tokens: Tensor) -> Tensor:
     return patches.view(-1, D) @ tokens.view(-1, D).T
 
@@ -66,23 +62,14 @@ def plain_topk(patches: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor,
     return scores, indices, sim
 
 
-def plot_step(kernel: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    K, M = kernel.shape[-2:]
-    r = (1 / K) / (kernel @ c)
-    return r, (1 / M) / (kernel.mT @ r)
-
-
 def plain_scores(patches: Tensor, tokens: Tensor, k: int, topk: Any = None, step: Any = plot_step) -> Tensor:
     """PLOT's loop over all pairs, STEPS iterations, the plan held fixed."""
     _, indices, sim = (topk or plain_topk)(patches, tokens, k)
-    sim = sim.gather(2, indices[..., None].expand(-1, -1, -1, sim.shape[-1]))
+    sim = sim.gather(2, indices[..., None].expand(-1, -1, -1, sim.shape[-1])).flatten(0, 1)
     with torch.no_grad():
-        kernel = ((sim - 1) / EPS).exp()
-        c = torch.ones_like(kernel[..., :1, :].mT)
-        for _ in range(STEPS):
-            r, c = step(kernel, c)
-        plan = r * kernel * c.mT
-    return (plan * sim).sum((-2, -1))
+        case = TransportCase(*sim.shape, STEPS, eps=EPS)
+        plan = plot_loop(1 - sim, *case.weights(), case, step)
+    return (plan * sim).sum((1, 2)).view(indices.shape[:2])
 
 
 def maxsim(patches: Tensor, tokens: Tensor) -> Tensor:
@@ -132,26 +119,27 @@ def _why_not(backend: str) -> Callable[[], str | None]:
     return lambda: available()[backend]
 
 
+def _common(plain: str, run: Any, compiled: Any, ours: Any) -> dict[str, Row]:
+    """Plain PyTorch, its product alone, the same compiled, and ours per backend."""
+    return {
+        plain: Row(run),
+        "gemm alone": Row(lambda p, s, k: gemm(p, s), checked=False),
+        "torch.compile of it": Row(compiled, no_compiler, (MAIN,)),
+        **{
+            backend: Row(partial(ours, backend=backend), _why_not(backend))
+            for backend in ("native", "triton", "reference")
+        },
+    }
+
+
 TOPK = {
-    "torch: einsum, amax, topk": Row(plain_topk),
-    "gemm alone": Row(lambda p, s, k: gemm(p, s), checked=False),
-    "torch.compile of it": Row(_compiled(False), no_compiler, (MAIN,)),
-    **{
-        backend: Row(partial(topk_patches, backend=backend), _why_not(backend))
-        for backend in ("native", "triton", "reference")
-    },
+    **_common("torch: einsum, amax, topk", plain_topk, _compiled(False), topk_patches),
     "late-interaction-kernels maxsim (no selection)": Row(
         lambda p, s, k: maxsim(p, s), _no_maxsim, (MAIN,), checked=False
     ),
 }
 SCORES = {
-    "torch: einsum, amax, topk, gather, PLOT's loop": Row(plain_scores),
-    "gemm alone": Row(lambda p, s, k: gemm(p, s), checked=False),
-    "torch.compile of it": Row(_compiled(True), no_compiler, (MAIN,)),
-    **{
-        backend: Row(partial(ours, backend=backend), _why_not(backend))
-        for backend in ("native", "triton", "reference")
-    },
+    **_common("torch: einsum, amax, topk, gather, PLOT's loop", plain_scores, _compiled(True), ours),
     "native, tol 1e-3": Row(partial(ours, backend="native", tol=1e-3), _why_not("native")),
     "triton, tol 1e-3": Row(partial(ours, backend="triton", tol=1e-3), _why_not("triton")),
     "indices given, tol 1e-3": Row(given, cases=(MAIN,)),

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,7 @@ class TransportCase:
 
     def cost(self, dtype: torch.dtype = torch.float32) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        patches, tokens = (
-            torch.nn.functional.normalize(torch.randn(self.P, n, 64, generator=generator), dim=-1)
-            for n in (self.K, self.M)
-        )
+        patches, tokens = (unit(torch.randn(self.P, n, 64, generator=generator)) for n in (self.K, self.M))
         return (1 - patches @ tokens.mT).to(DEVICE, dtype)
 
     def weights(self) -> tuple[Tensor, Tensor]:

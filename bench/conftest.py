@@ -55,10 +55,11 @@ def _version(package: str) -> str | None:
 
 @pytest.fixture
 def not_measured(request: pytest.FixtureRequest) -> Callable[[str, str, str], NoReturn]:
-    """Skips, and leaves (group, backend, reason) in the record."""
+    """Skips, and leaves (group, backend, reason, file) in the record."""
 
     def skip(group: str, backend: str, reason: str) -> NoReturn:
-        request.config.stash[NOT_MEASURED].append({"group": group, "backend": backend, "reason": reason})
+        row = {"group": group, "backend": backend, "reason": reason, "file": request.path.name}
+        request.config.stash[NOT_MEASURED].append(row)
         pytest.skip(f"not measured: {reason}")
 
     return skip

@@ -47,15 +47,8 @@ def seconds_and_peak_mb(run: Callable[[], Any]) -> tuple[float, float | None, An
     return took, max(0.0, peak - before), out
 
 
-def time_row(benchmark: Any, run: Any, parity: Any = None, **info: Any) -> None:
-    """Rounds by how long one call takes: a slow peer's few, none longer than needed."""
-    once, peak, out = seconds_and_peak_mb(run)
-    if parity is not None:
-        parity(*out)
-    if once < 0.5:
-        # What the first call sets up once is not the call's memory.
-        once, peak, out = seconds_and_peak_mb(run)
-    del out
+def record(benchmark: Any, peak: float | None, **info: Any) -> None:
+    """What a row says beside its time."""
     benchmark.extra_info |= {
         "dtype": "float32",
         "device": DEVICE,
@@ -65,6 +58,18 @@ def time_row(benchmark: Any, run: Any, parity: Any = None, **info: Any) -> None:
         "peak_mem_mb": None if peak is None else round(peak, 1),
         **info,
     }
+
+
+def time_row(benchmark: Any, run: Any, parity: Any = None, **info: Any) -> None:
+    """Rounds by how long one call takes: a slow peer's few, none longer than needed."""
+    once, peak, out = seconds_and_peak_mb(run)
+    if parity is not None:
+        parity(*out)
+    if once < 0.5:
+        # What the first call sets up once is not the call's memory.
+        once, peak, out = seconds_and_peak_mb(run)
+    del out
+    record(benchmark, peak, **info)
     # Beyond a second the call above was the warm-up, and one more is timed.
     rounds, iterations = max(1, min(30, int(1 / once) + 1)), max(1, round(1e-3 / once))
     benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=0 if once > 0.1 else 3)

@@ -88,14 +88,19 @@ def torch_loop(cost: Tensor, a: Tensor, b: Tensor, case: TransportCase, step: An
     return (scaled + (log_a + phi)[:, :, None] + (log_b + psi)[:, None, :]).exp()
 
 
-def plot_loop(cost: Tensor, a: Tensor, b: Tensor, case: TransportCase) -> Tensor:
+def plot_step(kernel: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    r = a / (kernel @ c)
+    return r, b / (kernel.mT @ r)
+
+
+def plot_loop(cost: Tensor, a: Tensor, b: Tensor, case: TransportCase, step: Any = plot_step) -> Tensor:
     """Kernel space, the stop of PLOT: mean |r - r0| over all problems; wrong where exp(-cost / eps) is 0."""
     kernel = (-cost / case.eps).exp()
     a, b = a[:, :, None], b[:, :, None]
     r, c = torch.ones_like(a), torch.ones_like(b)
     for _ in range(case.max_iter):
-        before, r = r, a / (kernel @ c)
-        c = b / (kernel.mT @ r)
+        before = r
+        r, c = step(kernel, a, b, c)
         if case.tol > 0 and (r - before).abs().mean() < 1e-2:
             break
     return r * kernel * c.mT
@@ -153,12 +158,15 @@ def ott(case: TransportCase, backward: bool) -> Run:
 
     T = case.max_iter
     inputs = [jax.numpy.asarray(x.cpu().numpy()) for x in (case.cost(), *case.weights())]
-    # The error is looked at every inner_iterations; equal minimum and maximum fix the number.
-    stop = {"threshold": case.tol, "inner_iterations": 1} if case.tol else {"min_iterations": T}
-    options = {"inner_iterations": T, "max_iterations": T} | stop
+    if case.tol:
+        # The error is looked at every inner_iterations.
+        stop = {"threshold": case.tol, "inner_iterations": 1}
+    else:
+        # Equal minimum and maximum fix the number.
+        stop = {"min_iterations": T, "inner_iterations": T}
 
     def value(C: Any, a: Any, b: Any) -> Any:
-        out = solve(Geometry(cost_matrix=C, epsilon=case.eps), a, b, **options)
+        out = solve(Geometry(cost_matrix=C, epsilon=case.eps), a, b, max_iterations=T, **stop)
         return out.reg_ot_cost, (out.matrix * C).sum()
 
     def graded(C: Any, a: Any, b: Any) -> Any:

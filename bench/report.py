@@ -17,7 +17,7 @@ from typing import Any
 BENCH = Path(__file__).parent
 COMMAND = "make results"
 # The row of a group that the others are compared with: the first of these it has, else its slowest.
-BASELINES = ("torch loop", "torch", "Cholesky", "gemm alone", "reference")
+BASELINES = ("torch loop", "torch", "Cholesky", "gemm alone", "reference", "encode")
 
 
 def slug(machine: dict[str, Any]) -> str:
@@ -28,15 +28,15 @@ def slug(machine: dict[str, Any]) -> str:
 def load(path: Path) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(path.read_text())
-        result["machine_info"]["device"], result["benchmarks"], result["not_measured"]
+        result["machine_info"]["device"], groups(result)
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"{path}: not a result of `{COMMAND}`: {error!r}")
     return result
 
 
-def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Group to rows, in the order they ran; a row not measured holds a reason."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def groups(result: dict[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """File to group to rows, in the order they ran; a row not measured holds a reason."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in result["benchmarks"]:
         who = row["extra_info"].get("backend", row["name"])
         peak = row["extra_info"].get("peak_mem_mb")
@@ -45,9 +45,11 @@ def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         name, shape = row["group"] or row["name"], row["extra_info"].get("shape")
         if isinstance(shape, str) and shape not in name:
             name = f"{name}, {shape}"
-        found.setdefault(name, []).append(entry)
+        file = Path(row["fullname"].partition("::")[0]).name
+        found.setdefault(file, {}).setdefault(name, []).append(entry)
     for row in result["not_measured"]:
-        found.setdefault(row["group"], []).append({"who": row["backend"], "reason": row["reason"]})
+        rows = found.setdefault(row["file"], {}).setdefault(row["group"], [])
+        rows.append({"who": row["backend"], "reason": row["reason"]})
     return found
 
 
@@ -71,8 +73,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     for row in timed:
         if row["shares"]:
-            parts = ", ".join(f"{stage} {percent} %" for stage, percent in row["shares"].items())
-            lines += ["", f"{row['who']}: {parts}."]
+            parts = [f"{stage} {percent} %" for stage, percent in row["shares"].items() if percent]
+            lines += ["", f"{row['who']}: {', '.join(parts)}."]
     return lines
 
 
@@ -91,8 +93,10 @@ def section(result: dict[str, Any]) -> list[str]:
         f"{result['datetime'][:10]}, commit {state}, Python {machine['python_version']}, {versions}; torch's "
         f"CPU code {machine['cpu_capability']}; load average {result['load_average']:.1f} at the end.",
     ]
-    for name, rows in groups(result).items():
-        lines += ["", f"### {name}", "", *table(rows)]
+    for file, found in groups(result).items():
+        lines += ["", f"### {file}"]
+        for name, rows in found.items():
+            lines += ["", f"#### {name}", "", *table(rows)]
     return lines
 
 
@@ -101,9 +105,11 @@ def report(results: list[dict[str, Any]]) -> str:
         "# Measured",
         "",
         f"Written by `{COMMAND}` (`pytest bench --benchmark-only`, then `python bench/report.py`). A row is "
-        "the fastest of its rounds, fp32, one thread where it does not say otherwise; every row agreed with "
-        "the fp64 reference before it was timed. The third column is how many times faster a row is than the "
-        "one its heading names. Extra peak: memory of one call above what was there before.",
+        "the fastest of its rounds, fp32, one thread where it does not say otherwise. Every row's result "
+        "agreed with a reference's, draws by their moments; a matrix product alone is there as a floor. The "
+        "third column is how many times faster a row is than the one its heading names. Extra peak: memory "
+        "of one call above what was there before. Percentages are of one call, each stage without those "
+        "inside of it.",
     ]
     for result in results:
         lines += ["", *section(result)]

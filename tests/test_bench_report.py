@@ -27,6 +27,7 @@ def result(cuda: bool = False) -> dict[str, Any]:
         return {
             "group": "fwd 1x2",
             "name": who,
+            "fullname": f"bench/bench_pairs.py::bench_fwd[{who}]",
             "extra_info": extra,
             "stats": {"min": seconds, "rounds": 3},
         }
@@ -43,12 +44,15 @@ def result(cuda: bool = False) -> dict[str, Any]:
         "load_average": 0.25,
         "commit_info": {"id": "0123456789abcdef", "dirty": True},
         "benchmarks": [row("native", 0.002, 1.0), row("torch loop", 0.5, None)],
-        "not_measured": [{"group": "fwd 1x2", "backend": "triton", "reason": "no CUDA device"}],
+        "not_measured": [
+            {"group": "fwd 1x2", "backend": "triton", "reason": "no CUDA device", "file": "bench_pairs.py"}
+        ],
     }
 
 
 def test_report_tables(report: ModuleType) -> None:
     text = report.report([result()])
+    assert "\n### bench_pairs.py\n\n#### fwd 1x2\n\n| who |" in text
     assert "| native | 2 | 250 | 1 |" in text
     assert "| torch loop | 500 | 1 |  |" in text
     assert "| triton | not measured: no CUDA device | | |" in text
@@ -59,7 +63,7 @@ def test_report_tables(report: ModuleType) -> None:
 
 def test_report_says_where_the_time_goes(report: ModuleType) -> None:
     staged = result()
-    staged["benchmarks"][0]["extra_info"]["shares"] = {"backward": 60, "rest": 40}
+    staged["benchmarks"][0]["extra_info"]["shares"] = {"backward": 60, "rest": 40, "draws": 0}
     assert "\nnative: backward 60 %, rest 40 %.\n" in report.report([staged])
 
 
