@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,7 +125,56 @@ def take(weights: Tensor | None, images: slice, lead: int) -> Tensor | None:
     return weights[images]
 
 
-def _offsets(cu_tokens: Tensor | Sequence[int]) -> list[int]:
+class Group(NamedTuple):
+    """Classes of similar length: which they are [c], the rows of their tokens [m], their own offsets."""
+
+    classes: Tensor
+    rows: Tensor
+    offsets: list[int]
+
+
+def by_length(
+    tokens: Tensor, token_mask: Tensor | None, cu_tokens: Tensor | Sequence[int] | None
+) -> list[Group]:
+    """Ragged classes in groups that differ by less than twice in length, where padding all of them to the
+    longest would more than double them; else none. Grouped on a CPU and outside of torch.compile.
+    """
+    if cu_tokens is None or torch.compiler.is_compiling():
+        return []
+    checks.check_float("tokens", tokens)
+    checks.check_shape("tokens", tokens, "[sum M, D] with cu_tokens", (None, None))
+    offsets = _offsets(cu_tokens, tokens.shape[0])
+    lengths = [end - start for start, end in pairwise(offsets)]
+    if tokens.device.type != "cpu" or len(lengths) * max([1, *lengths]) <= 2 * max(
+        len(lengths), tokens.shape[0]
+    ):
+        return []
+    if token_mask is not None:
+        checks.check_mask("token_mask", token_mask, "[sum M]", tokens.shape[:1], tokens)
+    groups = []
+    for size in sorted({max(n, 1).bit_length() for n in lengths}):
+        classes = [c for c, n in enumerate(lengths) if max(n, 1).bit_length() == size]
+        rows = [row for c in classes for row in range(offsets[c], offsets[c + 1])]
+        own = [0, *accumulate(lengths[c] for c in classes)]
+        groups.append(Group(torch.tensor(classes), torch.tensor(rows, dtype=torch.int64), own))
+    return groups
+
+
+def in_order(groups: Sequence[Group], parts: Sequence[Tensor]) -> Tensor:
+    """[B, C, ...] of the groups' [B, c, ...]."""
+    return torch.cat(list(parts), 1)[:, torch.cat([group.classes for group in groups]).argsort()]
+
+
+def _offsets(cu_tokens: Tensor | Sequence[int], total: int) -> list[int]:
+    """As integers, rising from 0 to `total`."""
+    offsets = _integers(cu_tokens)
+    rising = all(start <= end for start, end in pairwise(offsets))
+    if not offsets or offsets[0] != 0 or offsets[-1] != total or not rising:
+        raise ValueError(f"cu_tokens: expected offsets rising from 0 to {total} tokens, got {offsets}")
+    return offsets
+
+
+def _integers(cu_tokens: Tensor | Sequence[int]) -> list[int]:
     if isinstance(cu_tokens, Tensor):
         checks.check_tensor("cu_tokens", cu_tokens)
         if cu_tokens.dtype not in (torch.int32, torch.int64):
@@ -149,12 +199,9 @@ def pad_ragged(
     """Tokens [sum M, D], weights and mask [sum M] of ragged classes as [C, max M, ...] with a mask."""
     checks.check_float("tokens", tokens)
     checks.check_shape("tokens", tokens, "[sum M, D] with cu_tokens", (None, None))
-    offsets = _offsets(cu_tokens)
     total = tokens.shape[0]
-    lengths = [end - start for start, end in pairwise(offsets)]
-    if not offsets or offsets[0] != 0 or offsets[-1] != total or any(n < 0 for n in lengths):
-        raise ValueError(f"cu_tokens: expected offsets rising from 0 to {total} tokens, got {offsets}")
-    M = max([1, *lengths])
+    offsets = _offsets(cu_tokens, total)
+    M = max([1, *(end - start for start, end in pairwise(offsets))])
     step = torch.arange(M, device=tokens.device)
     # Where tokens are on a GPU, a copy from the host that is waited for would stall it.
     bounds = cu_tokens if isinstance(cu_tokens, Tensor) else torch.tensor(offsets)

@@ -70,7 +70,8 @@ class PatchScores:
     def plan_for(self, i: int, c: int) -> SinkhornOutput:
         """The plan [k, M] of image i and class c, solved again, with its potentials and errors.
 
-        Rows follow `indices[i, c]`. A masked patch or token has plan 0.
+        Rows follow `indices[i, c]`. A masked patch or token has plan 0. It reads the features given to
+        `spa_scores`, which must not have been written to since.
 
         Raises:
             TypeError: i or c not an integer.
@@ -132,9 +133,28 @@ def topk_patches(
     Notes:
         The gradient flows through the scores at fixed indices; for "max" to the first of equal tokens. A
         vector of norm 0 has cosine 0 and gradient 0. Deterministic. Similarities of all N patches exist for a
-        block of images and classes at a time: extra memory does not grow with B C N M. The backward runs the
-        reference formulas on every backend. No second derivative.
+        block of images and classes at a time: beside a copy of the tokens, extra memory does not grow with
+        B C N M. Equal patches are equal to "native" and "triton"; PyTorch's product, which "reference" uses,
+        may round their cosines differently. Ragged classes of very different lengths go in groups of similar
+        ones on a CPU, else padded to the longest. The backward runs the reference formulas on every backend.
+        No second derivative.
     """
+    if class_conditional and (groups := features.by_length(tokens, token_mask, cu_tokens)):
+        parts = [
+            topk_patches(
+                patches,
+                tokens[group.rows],
+                k,
+                reduce=reduce,
+                patch_mask=patch_mask,
+                token_mask=_rows(token_mask, group.rows),
+                cu_tokens=group.offsets,
+                backend=backend,
+            )
+            for group in groups
+        ]
+        scores, indices = (features.in_order(groups, part) for part in zip(*parts, strict=True))
+        return scores, indices
     if cu_tokens is not None:
         tokens, _, token_mask = features.pad_ragged(tokens, None, token_mask, cu_tokens)
     _check(patches, tokens, k, reduce, patch_mask, token_mask)
@@ -203,8 +223,37 @@ def spa_scores(
         at once. Between forward and backward O(B C (k + M)) memory. Without gradient and with
         class_conditional, pairs go through in chunks: at most 64 MB beside the result, whatever B and C.
     """
+    named = {"tokens": tokens, "select_patches": select_patches, "select_tokens": select_tokens}
+    for name, x in named.items():
+        if x is not None:
+            checks.check_float(name, x)
     if select_tokens is not None and cu_tokens is not None:
         checks.check_shape("select_tokens", select_tokens, "[sum M, D']", (tokens.shape[0], None))
+    grouped = class_conditional and not return_details
+    if grouped and (groups := features.by_length(tokens, token_mask, cu_tokens)):
+        parts = [
+            spa_scores(
+                patches,
+                tokens[group.rows],
+                k,
+                eps,
+                max_iter=max_iter,
+                tol=tol,
+                reduce=reduce,
+                score=score,
+                grad=grad,
+                solver=solver,
+                patch_mask=patch_mask,
+                token_mask=_rows(token_mask, group.rows),
+                cu_tokens=group.offsets,
+                select_patches=select_patches,
+                select_tokens=_rows(select_tokens, group.rows),
+                backend=backend,
+            )
+            for group in groups
+        ]
+        return features.in_order(groups, parts)
+    if select_tokens is not None and cu_tokens is not None:
         select_tokens = features.pad_ragged(select_tokens, None, None, cu_tokens)[0]
     if cu_tokens is not None:
         tokens, _, token_mask = features.pad_ragged(tokens, None, token_mask, cu_tokens)
@@ -236,8 +285,7 @@ def spa_scores(
     iterates = solver == "sinkhorn"
     results = _in_chunks(
         fused if iterates else in_two_steps,
-        patches,
-        tokens,
+        inputs,
         3 * k + tokens.shape[1] + 2 if iterates else k * tokens.shape[1],
         class_conditional,
         3 if return_details else 1,
@@ -295,7 +343,7 @@ def align_selected(
             a = a[images] if a.shape[1] == 1 else a[images, classes]
         return (_align(_part(inputs, images, classes), indices[images, classes], a, options),)
 
-    return _in_chunks(align, patches, tokens, indices.shape[2] * tokens.shape[1], True, 1)[0]
+    return _in_chunks(align, inputs, indices.shape[2] * tokens.shape[1], True, 1)[0]
 
 
 def _select_by(
@@ -329,8 +377,7 @@ def _align(
 
 def _in_chunks(
     run: Callable[[slice, slice], tuple[Tensor, ...]],
-    patches: Tensor,
-    tokens: Tensor,
+    inputs: _Inputs,
     pair: int,
     split_classes: bool,
     n_results: int,
@@ -340,11 +387,13 @@ def _in_chunks(
     At once where a gradient is wanted or a graph is traced; else in chunks of about _CHUNK numbers, at `pair`
     numbers a pair.
     """
-    B, (C, M, D) = patches.shape[0], tokens.shape
-    wanted = torch.is_grad_enabled() and (patches.requires_grad or tokens.requires_grad)
+    B, C = inputs.patches.shape[0], inputs.tokens.shape[0]
+    wanted = torch.is_grad_enabled() and (inputs.patches.requires_grad or inputs.tokens.requires_grad)
     classes = max(C, 1)
     if split_classes:
-        classes = min(classes, max(1, _TOKEN_CHUNK // max(M * D, 1)), max(1, _CHUNK // pair))
+        sets = [x for x in (inputs.tokens, inputs.select_tokens) if x is not None]
+        widest = max(x.shape[1] * x.shape[2] for x in sets)
+        classes = min(classes, max(1, _TOKEN_CHUNK // max(widest, 1)), max(1, _CHUNK // pair))
     images = max(1, _CHUNK // (pair * classes))
     if torch.compiler.is_compiling() or wanted or (images >= B and classes >= C):
         return run(slice(None), slice(None))[:n_results]
@@ -371,7 +420,7 @@ def _part(x: _Inputs, images: slice, classes: slice) -> _Inputs:
     )
 
 
-def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
+def _rows(x: Tensor | None, rows: slice | Tensor) -> Tensor | None:
     return None if x is None else x[rows]
 
 

@@ -1,9 +1,12 @@
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from spa_fast import topk_patches
+from spa_fast import spa_scores, topk_patches
 from spa_fast._backends import available
+from spa_fast._features import by_length
 from spa_fast._ops import patches as ops
 from spa_fast._ops.selected import selected_sim, selected_sim_bwd
 from spa_fast.patches import SOFTMAX_TEMPERATURE
@@ -370,3 +373,54 @@ def test_nan_is_refused_unless_masked():
     tokens[2, 3] = torch.inf
     with pytest.raises(ValueError, match=r"tokens: .*class 2, token 3"):
         topk_patches(patches, tokens, 3, patch_mask=patch_mask)
+
+
+LENGTHS = [4, 1, 0, 3, 40, 4, 2, 300]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_classes_of_very_different_lengths_go_in_groups(masked):
+    offsets = [0, *accumulate(LENGTHS)]
+    patches, flat = torch.randn(3, 20, 12), torch.randn(offsets[-1], 12, requires_grad=True)
+    mask = torch.rand(offsets[-1]) < 0.7 if masked else None
+    assert [group.classes.tolist() for group in by_length(flat, mask, offsets)] == [
+        [1, 2],
+        [3, 6],
+        [0, 5],
+        [4],
+        [7],
+    ]
+    scores, indices = topk_patches(patches, flat, 5, token_mask=mask, cu_tokens=torch.tensor(offsets))
+    aligned = spa_scores(patches, flat, 5, token_mask=mask, cu_tokens=offsets)
+    weights = torch.randn(3, len(LENGTHS))
+    grad = torch.autograd.grad((aligned * weights).sum(), flat)[0]
+    for c, (start, end) in enumerate(pairwise(offsets)):
+        own = flat[start:end].detach() if end > start else torch.zeros(1, 12)
+        own, on = (
+            own.clone().requires_grad_(),
+            None if mask is None or end == start else mask[None, start:end],
+        )
+        want = topk_patches(patches, own[None], 5, token_mask=on)
+        assert torch.equal(indices[:, c], want[1][:, 0])
+        torch.testing.assert_close(scores[:, c], want[0][:, 0])
+        if end == start:
+            assert (aligned[:, c] == 0).all()
+            continue
+        alone = spa_scores(patches, own[None], 5, token_mask=on)
+        torch.testing.assert_close(aligned[:, c], alone[:, 0], atol=1e-5, rtol=1e-5)
+        of_own = torch.autograd.grad((alone[:, 0] * weights[:, c]).sum(), own)[0]
+        torch.testing.assert_close(grad[start:end], of_own, atol=1e-5, rtol=1e-4)
+
+
+def test_classes_of_similar_lengths_are_padded_at_once():
+    assert by_length(torch.randn(11, 3), None, [0, 4, 7, 11]) == []
+    with pytest.raises(ValueError, match="cu_tokens: expected offsets rising from 0 to 50"):
+        topk_patches(torch.randn(1, 4, 3), torch.randn(50, 3), 2, cu_tokens=[0, 40, 41, 41, 49])
+    with pytest.raises(ValueError, match=r"token_mask: expected \[sum M\]"):
+        topk_patches(
+            torch.randn(1, 4, 3),
+            torch.randn(50, 3),
+            2,
+            cu_tokens=[0, 48, 49, 50],
+            token_mask=torch.ones(9) > 0,
+        )
