@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import spa_fast
+from spa_fast.cil.errors import writing
 from spa_fast.cil.methods.local_branch import Explanation
 from spa_fast.cil.metrics import AccuracyMatrix
 
@@ -66,18 +67,19 @@ def result_row(
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Indented JSON; NaN is refused."""
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with writing(path):
+        path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line."""
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One line per row; the first row names the columns."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with writing(path), path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -126,7 +128,8 @@ def draw_curve(path: Path, curves: Mapping[str, Sequence[float]], title: str) ->
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=130)
+    with writing(path):
+        figure.savefig(path, dpi=130)
 
 
 def draw_overlay(
@@ -149,33 +152,37 @@ def draw_overlay(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    M, k = why.similarity.shape[::-1]
+    many = M > 8
+    figure = Figure(figsize=(15, max(4.6, 0.25 * M)), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.5])
     _draw_kept(left, image, grid, why.kept.tolist())
     middle.imshow(image.convert("L"), cmap="gray", alpha=0.5, extent=(0, grid, grid, 0))
     heat = why.relevance.view(grid, grid).numpy()
     shown = middle.imshow(heat, extent=(0, grid, grid, 0), alpha=0.65, cmap="viridis")
-    figure.colorbar(shown, ax=middle, shrink=0.8, label="best cosine to a description")
+    figure.colorbar(shown, ax=middle, shrink=0.8, label="cosine to the descriptions")
     middle.set_title("relevance of every patch", fontsize=10)
     for axes in (left, middle):
         axes.set_axis_off()
 
     plan = why.transport.plan.T
-    M, k = plan.shape
     mass = right.imshow((plan * plan.numel()).numpy(), aspect="auto", cmap="magma", vmin=0)
-    right.set_yticks(range(M), ["\n".join(textwrap.wrap(t, 34)) for t in texts], fontsize=9 if M <= 8 else 7)
-    right.set_xticks(range(k), [str(i + 1) for i in range(k)], fontsize=8 if k <= 20 else 5)
+    named = [textwrap.shorten(t, 50) if many else "\n".join(textwrap.wrap(t, 34)) for t in texts]
+    right.set_yticks(range(M), named, fontsize=7 if many else 9)
+    ticks = range(0, k, 1 if k <= 20 else 5)
+    right.set_xticks(ticks, [str(i + 1) for i in ticks], fontsize=8)
     right.set_xlabel("kept patch", fontsize=9)
     right.set_title("transport plan (1 = even spread)", fontsize=10)
     total = plan.sum(-1)
     cosines = (plan * why.similarity.T).sum(-1) / total
     sides = right.secondary_yaxis("right")
     labels = [f"{100 * m:.0f} %, {c:.2f}" for m, c in zip(total.tolist(), cosines.tolist(), strict=True)]
-    sides.set_yticks(range(M), labels, fontsize=9 if M <= 8 else 7)
+    sides.set_yticks(range(M), labels, fontsize=7 if many else 9)
     sides.set_ylabel("plan mass, its mean cosine", fontsize=9)
     figure.colorbar(mass, ax=right, shrink=0.8, pad=0.02)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=110, format="png")
+    with writing(path):
+        figure.savefig(path, dpi=110, format="png")
 
 
 def _draw_kept(axes: Any, image: Image.Image, grid: int, kept: Sequence[int]) -> None:

@@ -2,11 +2,15 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from spa_fast import sinkhorn_align
 from spa_fast.cil.config import SpaConfig
+from spa_fast.cil.data.stream import ClassTexts
 from spa_fast.cil.errors import RunError
 from spa_fast.cil.experiment import make_method, prepare
 from spa_fast.cil.loop import evaluate, run_tasks
+from spa_fast.cil.methods.local_branch import LocalBranch
 from spa_fast.cil.methods.spa import Spa
 from spa_fast.cil.run_config import RunConfig
 
@@ -187,8 +191,11 @@ def test_explain_shows_what_an_unconditional_selection_keeps(colours, backbone, 
         assert torch.equal(method.explain(patches, label).kept, kept[label])
 
 
-def test_explain_names_patches_and_a_plan(colours, backbone, tmp_path):
-    experiment, method, _ = run(colours, backbone, tmp_path)
+@pytest.mark.parametrize("changes", [{}, {"patch_score": "mean"}, {"selection_space": "projected"}])
+def test_explain_names_patches_and_a_plan(colours, backbone, tmp_path, changes):
+    # Far from the identity, the projected space ranks patches in another way.
+    spa = dataclasses.replace(QUICK, lr=0.1, **changes)
+    experiment, method, _ = run(colours, backbone, tmp_path, spa)
     patches = experiment.cache.load("test", experiment.order[2]).patches[0]
     why = method.explain(patches, 2)
     assert why.kept.shape == (4,)
@@ -197,6 +204,25 @@ def test_explain_names_patches_and_a_plan(colours, backbone, tmp_path):
     torch.testing.assert_close(why.transport.plan.sum(), torch.tensor(1.0))
     # Kept patches are the most relevant ones, best first.
     assert torch.equal(why.relevance[why.kept], why.relevance.sort(descending=True).values[:4])
+
+
+@pytest.mark.parametrize("space", ["frozen", "projected"])
+def test_patches_are_chosen_in_their_space_and_aligned_projected(space):
+    config = SpaConfig(k=3, selection_space=space)
+    visual, textual = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    branch = LocalBranch(config, visual, textual, torch.Generator())
+    patches, tokens, mask = torch.randn(2, 16, 8), torch.randn(5, 4, 8), torch.ones(5, 4, dtype=torch.bool)
+    with torch.no_grad():
+        got = branch.scores(patches, ClassTexts(torch.randn(5, 1, 8), tokens, mask))
+        aligned, texts = visual(patches), textual(tokens)
+        by, of = (patches, tokens) if space == "frozen" else (aligned, texts)
+        cosine = torch.einsum("bnd,cmd->bcnm", F.normalize(by, dim=-1), F.normalize(of, dim=-1))
+        kept = cosine.amax(-1).topk(3).indices
+        options = {"eps": config.eps, "max_iter": config.max_iter, "tol": config.tol, "backend": "reference"}
+        for b in range(2):
+            for c in range(5):
+                want = sinkhorn_align(aligned[b, kept[b, c]][None], texts[c][None], pairwise=False, **options)
+                torch.testing.assert_close(got[b, c], want[0], atol=1e-5, rtol=1e-5)
 
 
 def test_pseudo_features_protect_old_classes(colours, backbone, tmp_path):

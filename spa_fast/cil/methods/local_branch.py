@@ -36,7 +36,7 @@ class Explanation(NamedTuple):
 
     Attributes:
         kept: [k] indices of the kept patches, best first.
-        relevance: [N] best cosine of every patch to a description.
+        relevance: [N] of every patch to the class, as patches are chosen by.
         similarity: [k, M] cosines of the kept patches to the descriptions, as aligned.
         transport: plan [k, M] and what goes with it.
     """
@@ -104,27 +104,26 @@ class LocalBranch:
     @torch.no_grad()
     def select(self, patches: Rows, texts: ClassTexts) -> Kept:
         """The k patches of every (image, class) that agree best with the class's descriptions."""
-        config, tokens = self.config, texts.tokens
-        projected = config.selection_space == "projected"
-        tokens = self.textual(tokens) if projected else tokens
-        parts = []
-        for part in patches.split(SELECT_BATCH):
-            frozen = part.float()
-            parts.append(
-                topk_patches(
-                    self.visual(frozen) if projected else frozen,
-                    tokens,
-                    config.k,
-                    reduce=config.patch_score,
-                    class_conditional=config.class_conditional,
-                    token_mask=texts.mask,
-                    backend=config.backend,
-                )
-            )
+        parts = [self._ranked(part.float(), texts, self.config.k) for part in patches.split(SELECT_BATCH)]
         indices = torch.cat([indices for _, indices in parts])
-        if config.marginals == "uniform":
+        if self.config.marginals == "uniform":
             return Kept(indices, None)
-        return Kept(indices, (torch.cat([scores for scores, _ in parts]) / config.eps).softmax(-1))
+        return Kept(indices, (torch.cat([scores for scores, _ in parts]) / self.config.eps).softmax(-1))
+
+    def _ranked(self, patches: Tensor, texts: ClassTexts, k: int) -> tuple[Tensor, Tensor]:
+        """Relevance and indices [B, C, k] of the patches that agree best, in the space they are chosen in."""
+        config, tokens = self.config, texts.tokens
+        if config.selection_space == "projected":
+            patches, tokens = self.visual(patches), self.textual(tokens)
+        return topk_patches(
+            patches,
+            tokens,
+            k,
+            reduce=config.patch_score,
+            class_conditional=config.class_conditional,
+            token_mask=texts.mask,
+            backend=config.backend,
+        )
 
     def remember(self, patches: Rows, targets: Tensor, texts: ClassTexts, labels: range) -> None:
         """Fit Gaussians of the new classes' kept patches, or of each image's mean of them."""
@@ -164,7 +163,8 @@ class LocalBranch:
         kept = self._of_class(patches[None], texts, label)
         tokens = texts.tokens[label][texts.mask[label]]
         rows = kept.indices[0, 0]
-        relevance = (F.normalize(patches, dim=-1) @ F.normalize(tokens, dim=-1).T).amax(-1)
+        ranked, order = self._ranked(patches[None], texts.only(label), len(patches))
+        relevance = torch.empty_like(ranked[0, 0]).scatter_(0, order[0, 0], ranked[0, 0])
         aligned = F.normalize(self.visual(patches[rows]), dim=-1)
         similarity = aligned @ F.normalize(self.textual(tokens), dim=-1).T
         weights = None if kept.weights is None else kept.weights[0, 0]
