@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from spa_fast.cil.errors import RunError
+from spa_fast.cil.errors import RunError, cannot_write, writing
 from spa_fast.cil.json_input import read_json
 from spa_fast.cil.lock import exclusive
 
@@ -34,7 +34,8 @@ def new_run_folder(out: Path, replaceable: Collection[str] = ()) -> Iterator[Pat
         replaceable: an earlier `out` gives way if it holds files of these names and nothing else.
 
     Raises:
-        RunError: `out` exists and may not be replaced, cannot be made, or is being written by another run.
+        RunError: `out` exists and may not be replaced, or is being written by another run.
+        OSError: it cannot be made.
     """
     out = out.resolve()
     check_out(out, replaceable)
@@ -49,12 +50,13 @@ def new_run_folder(out: Path, replaceable: Collection[str] = ()) -> Iterator[Pat
                 for left in (partial, earlier):
                     shutil.rmtree(left, ignore_errors=True)
             partial.mkdir()
-        except FileExistsError as error:
-            raise RunError(
-                f"--out: {partial} exists: another run is writing to {out}, or one was killed; then remove it"
-            ) from error
         except OSError as error:
-            raise RunError(f"--out: {out.parent}: cannot write: {error}") from error
+            if isinstance(error, FileExistsError) and partial.exists():
+                raise RunError(
+                    f"--out: {partial} exists: another run is writing to {out}, or one was killed; "
+                    "then remove it"
+                ) from error
+            raise cannot_write(f"--out: {out.parent}", error) from error
         try:
             yield partial
             if out.is_dir():
@@ -72,9 +74,16 @@ def check_out(out: Path, replaceable: Collection[str] = (), argument: str = "--o
 
 
 def save_run(folder: Path, run: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write the learned tensors and the description of the run."""
-    save_file({key: value.detach().contiguous().clone() for key, value in state.items()}, folder / STATE)
-    (folder / RUN).write_text(json.dumps({"format": FORMAT, **run}, indent=1) + "\n", encoding="utf-8")
+    """Write the learned tensors and the description of the run.
+
+    Raises:
+        OSError: naming the file that cannot be written.
+    """
+    tensors = {key: value.detach().contiguous().clone() for key, value in state.items()}
+    with writing(folder / STATE):
+        (folder / STATE).write_bytes(save(tensors))
+    with writing(folder / RUN):
+        (folder / RUN).write_text(json.dumps({"format": FORMAT, **run}, indent=1) + "\n", encoding="utf-8")
 
 
 def load_run(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from spa_fast.cil.backbone import Backbone
 from spa_fast.cil.data.cache import FeatureCache
 from spa_fast.cil.data.datasets import ImageFolders, read_image_folders
 from spa_fast.cil.data.images import check_images, relative_name, stamp
+from spa_fast.cil.data.layout import short
 from spa_fast.cil.data.order import class_order, split_tasks
 from spa_fast.cil.data.shards import digest
 from spa_fast.cil.data.stream import TaskStream
@@ -64,6 +65,7 @@ def prepare(
 
     Raises:
         RunError: naming the file, class or argument at fault.
+        OSError: features are missing and the cache cannot be written.
     """
     data = read_data(config)
     tasks = split_tasks(len(data.folders), config.init_classes, config.increment)
@@ -87,7 +89,9 @@ def prepare(
     missing = cache.missing()
     if missing:
         cache.check_writable()
-    check_images(missing)
+    if odd := check_images(missing):
+        named = short([relative_name(image, data.root) for image in odd])
+        say(f"warning: {len(odd)} images too small or too large for photographs, used as they are: {named}")
     n = len(data.folders)
     order = class_order(n, config.order_seed) if config.shuffle else list(range(n))
     stream = TaskStream(cache, order, tasks, descriptions, config.templates, config.spa)

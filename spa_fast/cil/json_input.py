@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TypeGuard
 
 from spa_fast.cil.errors import RunError
 
@@ -73,6 +74,11 @@ def read_text(path: Path, argument: str, kind: str = "text") -> str:
     except UnicodeDecodeError as error:
         what = f"byte {raw[error.start]:#04x} at offset {error.start} is not UTF-8: save it as UTF-8"
         raise _refused(argument, path, kind, what) from error
+
+
+def is_texts(value: object) -> TypeGuard[list[str]]:
+    """Whether it is a list of texts and of nothing else."""
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _check_depth(text: str) -> None:

@@ -68,9 +68,25 @@ class _Reader:
         self.run: dict[str, Any] = {}
         self.spa: dict[str, Any] = {}
         self.lines: list[str] = []
+        self.warnings: list[str] = []
+        self._from: dict[str, str] = {}
 
     def note(self, key: str, became: str) -> None:
         self.lines.append(f"  {key} = {self.values[key]!r}: {became}")
+
+    def take(self, table: dict[str, Any], ours: str, key: str, value: Any) -> None:
+        """Set our `ours` by the file's `key`; of two keys for one setting the later wins, with a warning."""
+        earlier = self._from.get(ours)
+        if earlier and table[ours] != value:
+            self.warnings.append(
+                f"warning: {self.path}: {earlier} and {key} both give {ours}: {key} wins, {ours}={value}"
+            )
+        table[ours], self._from[ours] = value, key
+
+    def in_its_words(self, error: str) -> str:
+        """A message on one of our settings as one on the file's key that gave it."""
+        ours, colon, what = error.partition(":")
+        return self._from.get(ours, ours) + colon + what
 
     def whole(self, key: str, least: int) -> int:
         value = self.first(key)
@@ -114,9 +130,12 @@ def read_experiment(path: Path, locate: Callable[[DataSet | None], Path]) -> tup
     for key in unknown:
         reader.note(key, f"UNKNOWN, no effect{did_you_mean(key, [*_MAPPED, *_NO_EFFECT])}")
     if unknown:
-        reader.lines.append(f"warning: {path}: unknown keys, not used: {', '.join(unknown)}")
-    config = dataclasses.replace(start, **reader.run, spa=dataclasses.replace(start.spa, **reader.spa))
-    return config, [f"{path} read as:", *reader.lines]
+        reader.warnings.append(f"warning: {path}: unknown keys, not used: {', '.join(unknown)}")
+    try:
+        config = dataclasses.replace(start, **reader.run, spa=dataclasses.replace(start.spa, **reader.spa))
+    except RunError as error:
+        raise RunError(f"--config: {path}: {reader.in_its_words(str(error))}") from error
+    return config, [f"{path} read as:", *reader.lines, *reader.warnings]
 
 
 def _data(reader: _Reader, locate: Callable[[DataSet | None], Path]) -> RunConfig:
@@ -139,7 +158,7 @@ def _data(reader: _Reader, locate: Callable[[DataSet | None], Path]) -> RunConfi
     reader.note("init_cls", f"init_classes={start.init_classes}")
     reader.note("increment", f"increment={increment}")
     if "total_class_num" in reader.values:
-        reader.run["classes"] = reader.whole("total_class_num", 1)
+        reader.take(reader.run, "classes", "total_class_num", reader.whole("total_class_num", 1))
         reader.note("total_class_num", f"classes={reader.run['classes']}")
     return start
 
@@ -154,7 +173,7 @@ def _protocol(reader: _Reader) -> None:
         reader.run["shuffle"] = values["shuffle"]
         reader.note("shuffle", f"shuffle={values['shuffle']}")
     if "seed" in values:
-        reader.run["order_seed"] = reader.whole("seed", 0)
+        reader.take(reader.run, "order_seed", "seed", reader.whole("seed", 0))
         several = isinstance(values["seed"], list) and len(values["seed"]) > 1
         rest = "; the others need runs of their own" if several else ""
         reader.note("seed", f"order_seed={reader.run['order_seed']}{rest}")
@@ -183,7 +202,7 @@ def _model(reader: _Reader) -> None:
     for key in ("backbone_type", "convnet_type"):
         if key in reader.values:
             name = str(reader.values[key]).lower()
-            reader.run["backbone"] = _BACKBONES.get(name, BACKBONE)
+            reader.take(reader.run, "backbone", key, _BACKBONES.get(name, BACKBONE))
             instead = "" if name in _BACKBONES else " in its place: it is no CLIP; see --backbone"
             reader.note(key, f"backbone={reader.run['backbone']}{instead}")
 
@@ -192,9 +211,7 @@ def _optimisation(reader: _Reader) -> None:
     values = reader.values
     for key, ours in _NUMBERS.items():
         if key in values:
-            if not isinstance(values[key], int | float) or isinstance(values[key], bool):
-                raise RunError(f"--config: {reader.path}: {key}: expected a number, got {values[key]!r}")
-            reader.spa[ours] = values[key]
+            reader.take(reader.spa, ours, key, values[key])
             reader.note(key, f"{ours}={values[key]}")
     if "optimizer" in values:
         name = str(values["optimizer"]).lower()

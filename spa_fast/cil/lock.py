@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
-from spa_fast.cil.errors import RunError
+from spa_fast.cil.errors import RunError, writing
 
 # What file systems without locks answer.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -71,16 +71,24 @@ def _open_locked(path: Path, busy: str, wait: Callable[[str], None] | None) -> T
                 path.unlink(missing_ok=True)
                 return None
             if _is_at(file, path):
-                break
+                _sign(file, path)
+                return file
         except BaseException:
             file.close()
             raise
         file.close()
-    file.truncate(0)
+
+
+def _sign(file: TextIO, path: Path) -> None:
+    """Leave our name in a file that we hold; on a full disk no file."""
     since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
-    file.write(f"process {os.getpid()} on {platform.node()} since {since} UTC")
-    file.flush()
-    return file
+    try:
+        with writing(path):
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {platform.node()} since {since} UTC".encode())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _acquire(file: TextIO, busy: str, wait: Callable[[str], None] | None) -> bool:

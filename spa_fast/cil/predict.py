@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from spa_fast.cil.data.extract import nearest_patches
 from spa_fast.cil.data.images import check_images, read_image
 from spa_fast.cil.errors import RunError, did_you_mean
 from spa_fast.cil.experiment import check_patches, make_method, prepare
+from spa_fast.cil.json_input import is_texts
 from spa_fast.cil.loading import load_backbone
 from spa_fast.cil.loop import evaluate
 from spa_fast.cil.methods.base import Method
@@ -54,9 +54,9 @@ def read_run(folder: Path) -> FinishedRun:
     """
     run, state = load_run(folder)
     names, texts, last = run.get("names"), run.get("descriptions"), run.get("last")
-    if not _are_texts(names):
+    if not is_texts(names):
         raise RunError(f"run: {folder}: expected a list of class names")
-    if not isinstance(texts, list) or not all(map(_are_texts, texts)):
+    if not isinstance(texts, list) or not all(map(is_texts, texts)):
         raise RunError(f"run: {folder}: expected a list of descriptions for each class")
     if not isinstance(last, int | float):
         raise RunError(f"run: {folder}: expected the last accuracy as a number, got {last!r}")
@@ -113,11 +113,14 @@ def explain_image(folder: Path, image: Path, name: str, out: Path) -> str:
     """Draw why an image got its local score for class `name`; one line on it.
 
     Raises:
-        RunError: no such class, image or folder of `out`, a run that has nothing to show, or no matplotlib.
+        RunError: no such class, image or folder of `out`, a name that is no PNG's, a run that has nothing to
+            show, or no matplotlib.
     """
     if find_spec("matplotlib") is None:
         raise RunError("explain: needs matplotlib, which is not installed: pip install matplotlib")
     _check_files([image])
+    if out.suffix.lower() != ".png":
+        raise RunError(f"--out: expected a file ending in .png, got {str(out)!r}")
     if not out.resolve().parent.is_dir():
         raise RunError(f"--out: no such folder: {out.resolve().parent}")
     run = read_run(folder)
@@ -154,7 +157,3 @@ def _check_files(images: Sequence[Path]) -> None:
         if not path.is_file():
             raise RunError(f"image: no such file: {path}")
     check_images(images)
-
-
-def _are_texts(value: object) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)

@@ -75,6 +75,8 @@ def _start(job: Job, device: str, threads: int) -> subprocess.Popen[bytes]:
     with job.log.open("wb") as log:
         return subprocess.Popen(
             [
+                # OpenMP reads its number of threads only here; `env` adds it to what the child inherits, as
+                # this package neither reads nor sets variables of its own process.
                 *("env", f"OMP_NUM_THREADS={threads}", sys.executable, "-m", "spa_fast.cli"),
                 *(*job.arguments, "--device", device),
             ],

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from spa_fast.cil.atomic import replacing
 from spa_fast.cil.errors import RunError
 from spa_fast.cil.finished import check_inputs, finished, hash_reader
 from spa_fast.cil.lock import exclusive
@@ -124,9 +125,8 @@ def run_sweep(runs: Sequence[SweepRun], out: Path, devices: Sequence[str], say: 
                 say(f"finished before: {run.title}: {_figures(row)}")
         run_jobs(list(pending), devices, on_end, say)
         summary = [_summary(preset, runs, rows) for preset in dict.fromkeys(r.config.preset for r in runs)]
-        partial = out / ".sweep.csv.partial"
-        write_csv(partial, summary)
-        partial.replace(out / "sweep.csv")
+        with replacing(out / "sweep.csv") as partial:
+            write_csv(partial, summary)
         say(_shown(summary))
         if failed:
             say(f"{len(failed)} of {len(runs)} runs failed:")

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from spa_fast.cil.errors import RunError
+from spa_fast.cil.errors import RunError, writing
 from spa_fast.cil.report import append_jsonl
 
 TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
@@ -151,7 +151,7 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """One line to the log and to whoever listens."""
-        with (self.folder / LOG).open("a", encoding="utf-8") as file:
+        with writing(self.folder / LOG), (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         self._say(line)
 

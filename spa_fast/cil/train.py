@@ -50,6 +50,7 @@ def train(
 
     Raises:
         RunError: bad input, a tracker that is not installed or does not start, or training that diverges.
+        OSError: a file that cannot be written, by name.
     """
     config, out = config.absolute(), out.resolve()
     tracker_module(track)

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ import torch
 from safetensors import safe_open
 
 from spa_fast.cil.backbone import Backbone
+from spa_fast.cil.checkpoint import STATE, new_run_folder
 from spa_fast.cil.data import shards
 from spa_fast.cil.data.cache import FeatureCache
 from spa_fast.cil.data.cache_folders import cache_clear
@@ -26,6 +28,7 @@ from spa_fast.cil.data.datasets import read_image_folders
 from spa_fast.cil.errors import RunError
 from spa_fast.cil.loading import load_backbone
 from spa_fast.cil.lock import holder
+from spa_fast.cil.tracking import LOG
 from spa_fast.cli import main
 
 
@@ -81,6 +84,18 @@ def unprivileged():
         yield
     finally:
         os.seteuid(0)
+
+
+@contextlib.contextmanager
+def small_files(size):
+    """No file grows beyond `size` bytes: a write fails as on a full disk, by an error that names no file."""
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def rebuilt_alone(cache, before, sums, name, word):
@@ -317,16 +332,9 @@ def test_a_full_disk_leaves_the_old_state(full, make):
     before = content(full)
     image = full.data.images["train"][0][0]
     image.write_bytes(full.data.images["train"][1][0].read_bytes())
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    later = make()
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))
-        with pytest.raises(OSError, match=r"--cache: .*train-0000.*cannot write.*stored before is whole"):
-            later.fill()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
+    later, named = make(), r"--cache: .*train-0000.*cannot write.*stored before is whole"
+    with small_files(2000), pytest.raises(OSError, match=named):
+        later.fill()
     assert content(full) == before
     assert not list(full.folder.glob("*.partial"))
     make().fill()
@@ -370,7 +378,7 @@ def test_read_only_folders(colours, backbone):
             os.truncate(shard, 40)
             with unprivileged():
                 later = make(cache.folder.parents[1])
-                with pytest.raises(RunError, match=r"--cache: .*cannot write.*missing"):
+                with pytest.raises(OSError, match=r"--cache: .*cannot write.*missing"):
                     later.fill()
         finally:
             for folder in (Path(scratch), *(p for p in Path(scratch).rglob("*") if p.is_dir())):
@@ -392,7 +400,7 @@ def test_an_image_that_breaks_later_is_named_and_leaves_no_shard(make):
     with pytest.raises(RunError, match=str(path)):
         cache.load("train", 4)
     assert not content(cache)
-    with pytest.raises(RunError, match=str(path)):
+    with pytest.raises(RunError, match=f"{path}: .*; train --exclude FILE leaves it out; what was stored"):
         cache.fill()
     # What came before it is stored and is not extracted again.
     assert 4 <= len(content(cache)) < 14
@@ -426,3 +434,36 @@ def test_cache_commands(full, make, capsys):
         assert main(["cache", action, "--cache", root]) == 2
     assert main(["cache", "info", "--cache", root + "/none"]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [(0, r"\.r\.lock"), (100, LOG), (10_000, "curve.png"), (100_000, STATE)]
+)
+def test_a_full_disk_ends_a_run_in_one_line_and_leaves_nothing(
+    size, name, colours, backbone_config, tmp_path, capsys, monkeypatch
+):
+    args = ["train", "--data", str(colours[0]), "--backbone", f"config:{backbone_config}"]
+    args += ["--method", "simple_cil", "--cache", str(tmp_path / "cache")]
+    assert main([*args, "--out", str(tmp_path / "warm")]) == 0
+    if name == STATE:
+        state = {"means": torch.zeros(100_000)}
+        monkeypatch.setattr("spa_fast.cil.methods.simple_cil.SimpleCil.state_dict", lambda self: state)
+    capsys.readouterr()
+    with small_files(size):
+        assert main([*args, "--out", str(tmp_path / "runs" / "r")]) == 3
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(rf"/{name}: cannot write: File too large", error)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_folder_that_takes_no_run(tmp_path):
+    """Read-only is the disk's; a file in place of the folder is bad input."""
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chmod(scratch, 0o555)
+        with unprivileged(), pytest.raises(OSError, match=rf"--out: {scratch}: cannot write: .*denied"):
+            new_run_folder(Path(scratch) / "r").__enter__()
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "r", tmp_path / "file" / "deeper" / "r"):
+        with pytest.raises(RunError, match=r"--out: .*file.*: cannot write"):
+            new_run_folder(out).__enter__()

@@ -105,6 +105,8 @@ def test_explain_refuses(finished, colours, backbone_config, tmp_path, capsys, m
     broken.write_bytes(b"\x89PNG broken")
     explain(finished, broken, "--class", "gold", words=("unreadable image", "broken.png"))
     explain(tmp_path / "none", image, "--class", "gold", words=("no such folder",))
+    args = ["explain", str(finished), str(image), "--class", "gold", "--out", str(tmp_path / "x.pdf")]
+    refused(capsys, args, "--out: expected a file ending in .png", "x.pdf")
     args = ["explain", str(finished), str(image), "--class", "gold", "--out", str(tmp_path / "no" / "x.png")]
     refused(capsys, args, "--out", "no such folder")
 
@@ -201,6 +203,24 @@ def test_truncated_image(attempt, colours):
     Image.effect_noise((64, 64), 80).save(path)
     path.write_bytes(path.read_bytes()[:-900])
     attempt(words=("unreadable image", "gold/3.png"))
+
+
+def test_damage_that_no_header_shows_is_named_by_the_extraction(attempt, colours):
+    path = colours[0] / "train" / "gold" / "3.png"
+    Image.effect_noise((64, 64), 80).save(path)
+    content = bytearray(path.read_bytes())
+    content[600:700] = bytes(100)
+    path.write_bytes(content)
+    attempt(words=("unreadable image", "gold/3.png", "--exclude"))
+
+
+def test_a_tiny_image_is_said_once(colours, backbone_config, tmp_path, capsys):
+    Image.new("RGB", (1, 1)).save(colours[0] / "train" / "gold" / "3.png")
+    for name, count in (("a", 1), ("b", 0)):
+        assert main(train_args(colours, backbone_config, tmp_path / "runs" / name, "--epochs", "1")) == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if "photographs" in line]
+        assert len(said) == count
+        assert all(line.startswith("warning: 1 images") and "train/gold/3.png" in line for line in said)
 
 
 def test_descriptions_without_a_class(attempt, colours):

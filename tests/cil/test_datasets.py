@@ -83,6 +83,22 @@ def test_unreadable_image_is_named(tmp_path, content):
         check_images([path])
 
 
+def test_what_only_looks_broken_and_what_is_no_photograph(tmp_path, monkeypatch, recwarn):
+    whole = tmp_path / "film_behind_it.jpg"
+    Image.new("RGB", (64, 64), "red").save(whole)
+    whole.write_bytes(whole.read_bytes() + bytes(9000))
+    dot, large = tmp_path / "dot.png", tmp_path / "large.png"
+    Image.new("RGB", (1, 1)).save(dot)
+    Image.new("RGB", (80, 60)).save(large)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 + 1)
+    assert check_images([whole, dot, large]) == [dot, large]
+    assert not recwarn.list
+    # Pillow itself refuses twice that.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(RunError, match=r"unreadable image: .*large\.png"):
+        check_images([large])
+
+
 def test_images_come_upright_and_in_rgb(tmp_path):
     upright = Image.new("RGB", (4, 2), "red")
     upright.putpixel((0, 0), (0, 0, 255))

@@ -344,6 +344,21 @@ def test_what_is_sent(job, server, colours, backbone):
     assert [files.index(by_hash[h]) for h in stored] == select_exemplars(features, 3)
 
 
+def test_the_estimate_needs_no_key(job, server, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert job(allow_upload=False, exemplars=5, prices=(1.0, 10.0)) == 1
+    assert f"leave this machine for m at {server.url}" in job.lines[1]
+    assert "about $0.0" in job.lines[2]
+    with pytest.raises(RunError, match="OPENAI_API_KEY: not set"):
+        job()
+    assert not server.requests
+
+
+def test_extraction_says_what_it_does(job):
+    assert job(exemplars=2) == 0
+    assert any(line.startswith("features: ") for line in job.lines)
+
+
 def test_nothing_leaves_without_consent(job, server):
     assert job(allow_upload=False, exemplars=5, prices=(1.0, 10.0)) == 1
     assert not server.requests
@@ -388,6 +403,20 @@ def test_texts_written_by_hand_are_kept(job, server):
     assert job() == 0
     assert len(server.requests) == asked
     assert read_descriptions(job.out, NAMES)[0] == ["mine 0"]
+
+
+def test_classes_keep_the_date_of_their_texts(job, server, monkeypatch):
+    from spa_fast.cil.descriptions import generate
+
+    monkeypatch.setattr(generate, "_today", lambda: "2026-01-01")
+    server.script = [*[of_class] * 3, says("")]
+    assert job() == 1
+    monkeypatch.setattr(generate, "_today", lambda: "2026-02-02")
+    server.script = [of_class]
+    assert job() == 0
+    stored = job.stored()
+    assert stored["generator"]["date"] == "2026-01-01"
+    assert [c["date"] for c in stored["classes"]] == ["2026-01-01"] * 3 + ["2026-02-02"] * 4
 
 
 @pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])

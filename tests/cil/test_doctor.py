@@ -96,6 +96,21 @@ def test_planted_faults_are_all_named(tree, capsys, tmp_path):
     assert {"train/camera/dot.png", "train/camera/wall.png", "train/chair/notes.txt"} <= set(listed)
 
 
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [(".", "expected one data set, got caltech101, cub: choose one by --preset"), ("no", "no such folder")],
+)
+def test_a_quarantine_list_that_cannot_be_is_refused_before_any_check(
+    tree, birds, tmp_path, folder, words, capsys
+):
+    presets = ["caltech101", "cub"] if folder == "." else ["cub"]
+    args = ["data", "check", "--data-root", str(tmp_path), "--preset", *presets]
+    assert main([*args, "--quarantine", str(tmp_path / folder / "q.txt")]) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert "images" not in said.out
+
+
 def test_a_quarantine_list_lets_a_run_go_on(colours, backbone_config, tmp_path, capsys):
     root = colours[0]
     (root / "train" / "gold" / "3.png").write_bytes(b"broken")
@@ -143,7 +158,7 @@ def test_unlike_folders_need_a_map(birds, tmp_path, capsys):
     assert "0 of 200 folders" in capsys.readouterr().out
     names = tmp_path / "names.json"
     names.write_text(json.dumps({f"{i:03d}": f"bird {i}" for i in range(200)}))
-    main([*args, "--classnames", str(names)])
+    assert main([*args, "--classnames", str(names)]) == 1
     assert "class names" not in capsys.readouterr().out
 
 

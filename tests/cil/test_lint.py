@@ -224,6 +224,32 @@ def test_the_command_goes_on_past_an_unreadable_file(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"unicorn": ["one horn", "white mane"]}, "unknown class 'unicorn'"),
+        ({"unicorn": ["one horn", "white mane"]}, "expected 100, found 101"),
+        ({"anchor": None}, "class 'anchor' has no descriptions"),
+    ],
+)
+def test_a_file_of_ones_own_holds_the_classes_of_the_preset(tmp_path, capsys, change, words):
+    """What `train` refuses, lint faults."""
+    document = read_document(description_file(DATA_SETS["caltech101"]))
+    names = label_names(DATA_SETS["caltech101"])
+    classes = {entry.name: list(entry.texts) for entry in document.classes if entry.name in names} | change
+    file = tmp_path / "extra.json"
+    file.write_text(json.dumps({name: texts for name, texts in classes.items() if texts}))
+    assert main(["descriptions", "lint", str(file), "--preset", "caltech101_B0_Inc10"]) == 1
+    assert words in capsys.readouterr().out
+    with pytest.raises(RunError, match=r"unknown class|has no descriptions|expected 100"):
+        read_descriptions(file, names)
+
+
+def test_a_packaged_file_may_hold_more_classes(capsys):
+    data_set = next(d for d in DATA_SETS.values() if len(label_names(d, 10**6)) > d.classes)
+    assert main(["descriptions", "lint", str(description_file(data_set)), "--preset", data_set.key]) == 0
+
+
+@pytest.mark.parametrize(
     ("args", "words"),
     [
         (["x.json", "--preset", "cbu"], "did you mean 'cub'?"),

@@ -466,7 +466,9 @@ def test_a_pilot_experiment(tmp_path):
         ({"shuffle": 1}, "shuffle: expected true or false"),
         ({"dataset": 3}, "dataset: expected a text"),
         ({"init_lr": "fast"}, "init_lr: expected a number"),
-        ({"tuned_epoch": 0}, "epochs: expected at least 1"),
+        ({"tuned_epoch": 0}, r"--config: .*\.json: tuned_epoch: expected at least 1"),
+        ({"batch_size": 64.0}, r"--config: .*\.json: batch_size: expected a whole number"),
+        ({"seed": 2**40}, r"--config: .*\.json: seed: expected at least 0 and below"),
         ({"optimizer": "lion"}, "optimizer: expected sgd, adam or adamw"),
         ({"device": {}}, None),
     ],
@@ -477,6 +479,19 @@ def test_values_that_cannot_be_read(change, words, tmp_path):
         return
     with pytest.raises(RunError, match=words):
         read({**ENGINE, **change}, tmp_path)
+
+
+def test_of_two_keys_for_one_setting_a_warning_says_which_wins(tmp_path):
+    change = {"tuned_epoch": 3, "epochs": 9, "backbone_type": "clip", "convnet_type": "openai_clip"}
+    config, lines = read({**ENGINE, **change}, tmp_path)
+    assert config.spa.epochs == 9
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert len(warnings) == 2
+    assert warnings[0].endswith(
+        "backbone_type and convnet_type both give backbone: convnet_type wins, backbone=ViT-B-16/openai"
+    )
+    assert warnings[1].endswith("tuned_epoch and epochs both give epochs: epochs wins, epochs=9")
+    assert not [line for line in read({**ENGINE, "epochs": 7}, tmp_path)[1] if "warning" in line]
 
 
 def test_an_experiment_without_a_data_set(tmp_path):

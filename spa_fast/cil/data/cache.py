@@ -25,7 +25,7 @@ from spa_fast.cil.data.images import ImageRef, image_bytes, stamp
 from spa_fast.cil.data.layout import Split
 from spa_fast.cil.data.shards import Say, ShardFault, ShardFolder, digest
 from spa_fast.cil.data.text_cache import TextCache
-from spa_fast.cil.errors import RunError
+from spa_fast.cil.errors import RunError, cannot_write
 
 # Changed when the content or meaning of a shard changes.
 FORMAT = "spa_fast.features/2"
@@ -124,8 +124,8 @@ class FeatureCache:
         """Extract what is not stored whole, of the given splits or all of them.
 
         Raises:
-            RunError: the folder cannot be written, or an image not read.
-            OSError: the disk is full; every shard stored is whole.
+            RunError: an image cannot be read.
+            OSError: the folder cannot be written or the disk is full; every shard stored is whole.
         """
         self._fill([pair for pair in self._all() if not splits or pair[0] in splits])
         # Damaged, it keeps `cache` from finding the shards, not us.
@@ -139,13 +139,13 @@ class FeatureCache:
         """Refuse early a folder that cannot take shards.
 
         Raises:
-            RunError: naming the folder.
+            RunError, OSError: a file is in its place, or the disk says no.
         """
         try:
             self.shards.check_writable()
         except OSError as error:
             what = "features that are missing must be stored there"
-            raise RunError(f"--cache: {self.folder}: cannot write: {error}; {what}") from error
+            raise cannot_write(f"--cache: {self.folder}", error, what) from error
 
     def _fill(self, pairs: Sequence[tuple[Split, int]]) -> None:
         if not self._faults(pairs):

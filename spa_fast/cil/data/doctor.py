@@ -27,39 +27,22 @@ from spa_fast.cil.data.catalog import (
 )
 from spa_fast.cil.data.images import ImageRef, StoredImage, relative_name
 from spa_fast.cil.data.labels import class_names, match_labels
-from spa_fast.cil.data.layout import Listing, Split, list_images, short
+from spa_fast.cil.data.layout import Listing, Split, list_images
 from spa_fast.cil.data.probe import probe
 from spa_fast.cil.errors import RunError
+from spa_fast.cil.findings import Findings, file_all
 from spa_fast.cil.presets import parse_preset
 
 
 @dataclass
-class Report:
+class Report(Findings):
     """What was found in one data set.
 
     Attributes:
-        title: the set and its folder.
-        faults: kind -> what is wrong, one text each; a run would stop or its figures be wrong.
-        notes: kind -> what is odd and taken care of.
         unusable: images to leave out, relative to the folder.
-        summary: sizes and time.
     """
 
-    title: str
-    faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     unusable: list[str] = field(default_factory=list)
-    summary: str = ""
-
-    def lines(self) -> list[str]:
-        """A readable table."""
-        rows = [("FAULT", kind, found) for kind, found in self.faults.items()]
-        rows += [("note", kind, found) for kind, found in self.notes.items()]
-        width = max((len(kind) for _, kind, _ in rows), default=0)
-        table = [
-            f"  {level:5}  {kind:{width}}  {len(found):6d}  {short(found)}" for level, kind, found in rows
-        ]
-        return [f"{self.title}: {self.summary}", *table, *([] if rows else ["  nothing to report"])]
 
 
 def check_all(
@@ -86,6 +69,11 @@ def check_all(
         targets = targets or [*_under(data_root, say)]
     else:
         raise RunError("data check: expected --data FOLDER or --data-root FOLDER")
+    if quarantine and len(targets) > 1:
+        found = ", ".join(data_set.key for _, data_set in targets if data_set)
+        raise RunError(f"--quarantine: expected one data set, got {found}: choose one by --preset")
+    if quarantine and not quarantine.resolve().parent.is_dir():
+        raise RunError(f"--quarantine: no such folder: {quarantine.resolve().parent}")
     reports = []
     for folder, data_set in targets:
         report = check(folder, data_set, classnames if data else None, image_list if data else None)
@@ -93,8 +81,6 @@ def check_all(
             say(line)
         reports.append(report)
     if quarantine:
-        if len(reports) > 1:
-            raise RunError("--quarantine: expected one data set")
         quarantine.write_text("".join(f"{name}\n" for name in reports[0].unusable), encoding="utf-8")
         say(f"{len(reports[0].unusable)} images listed in {quarantine}")
     bad = sum(bool(report.faults) for report in reports)
@@ -112,14 +98,15 @@ def check(
         listing = list_images(root, image_list)
     except RunError as error:
         report.faults["layout"].append(str(error))
-        report.summary = expected_tree(root.parent, data_set) if data_set else "not read"
+        report.title += f": {expected_tree(root.parent, data_set) if data_set else 'not read'}"
         return report
     _check_classes(report, listing, data_set)
     _check_names(report, listing, data_set, classnames)
     _check_images(report, listing, root)
     train, test = listing.images["train"], listing.images["test"]
     images = f"{_count(train)} + {_count(test)} images"
-    report.summary = f"{len(set(train) | set(test))} classes, {images}, {time.perf_counter() - start:.1f} s"
+    seconds = time.perf_counter() - start
+    report.title += f": {len(set(train) | set(test))} classes, {images}, {seconds:.1f} s"
     return report
 
 
@@ -142,11 +129,11 @@ def _under(root: Path, say: Callable[[str], None]) -> list[tuple[Path, DataSet]]
 
 def _check_classes(report: Report, listing: Listing, data_set: DataSet | None) -> None:
     train, test = listing.images["train"], listing.images["test"]
-    _file_all(report.faults, "class only in train", sorted(set(train) - set(test)))
-    _file_all(report.faults, f"class only in {listing.test_name}", sorted(set(test) - set(train)))
+    file_all(report.faults, "class only in train", sorted(set(train) - set(test)))
+    file_all(report.faults, f"class only in {listing.test_name}", sorted(set(test) - set(train)))
     for where, classes in (("train", train), (listing.test_name, test)):
         empty = [f"{where}/{folder}" for folder, images in classes.items() if not images]
-        _file_all(report.faults, "class without images", empty)
+        file_all(report.faults, "class without images", empty)
     if data_set is None:
         return
     folders = len(set(train) | set(test))
@@ -166,14 +153,14 @@ def _check_names(report: Report, listing: Listing, data_set: DataSet | None, cla
         report.faults["class names"].append(str(error))
         return
     twice = sorted({name for name in names if names.count(name) > 1})
-    _file_all(report.faults, "class name given twice", twice)
+    file_all(report.faults, "class name given twice", twice)
     if data_set and not classnames and not folder_names(data_set):
         unlike = match_labels(folders, names).unlike
-        _file_all(report.notes, "folder unlike its label", [f"{f} is {label}" for f, label in unlike])
+        file_all(report.notes, "folder unlike its label", [f"{f} is {label}" for f, label in unlike])
 
 
 def _check_images(report: Report, listing: Listing, root: Path) -> None:
-    _file_all(report.faults, "not an image file", [relative_name(path, root) for path in listing.strays])
+    file_all(report.faults, "not an image file", [relative_name(path, root) for path in listing.strays])
     report.unusable += [relative_name(path, root) for path in listing.strays]
     alike: dict[tuple[int, bytes], list[tuple[Split, ImageRef]]] = defaultdict(list)
     pairs = [
@@ -217,9 +204,3 @@ def _check_alike(report: Report, group: list[tuple[Split, ImageRef]], root: Path
 
 def _count(classes: dict[str, list[ImageRef]]) -> int:
     return sum(len(images) for images in classes.values())
-
-
-def _file_all(table: dict[str, list[str]], kind: str, found: Sequence[str]) -> None:
-    """File findings of a kind, if there are any."""
-    if found:
-        table[kind].extend(found)

@@ -77,7 +77,11 @@ class Extractor:
             pool.shutdown(cancel_futures=True)
 
     def _pixels(self, image: ImageRef) -> Tensor:
-        return self.backbone.preprocess(read_image(image))
+        try:
+            return self.backbone.preprocess(read_image(image))
+        except RunError as error:
+            hint = "train --exclude FILE leaves it out; what was stored is whole"
+            raise RunError(f"{error}; {hint}") from error
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         start = time.perf_counter()

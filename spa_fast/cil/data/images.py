@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from spa_fast.cil.data.probe import probe
 from spa_fast.cil.errors import RunError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".avif", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -65,22 +67,40 @@ def image_bytes(image: ImageRef) -> bytes:
         raise RunError(f"unreadable image: {image}: {error}") from error
 
 
-def check_images(images: Iterable[ImageRef]) -> None:
-    """Decode every image file once, coarsely, so that a broken one is found before any long work.
+def check_images(images: Iterable[ImageRef]) -> list[Path]:
+    """Read the header and the end of every image file, so that a broken one is found before any long work.
+
+    Only what looks broken is decoded. Damage in between is found when the image is read.
+
+    Returns:
+        Images that are read but too small or too large for photographs.
 
     Raises:
         RunError: naming the first unreadable file.
     """
+    odd = []
     paths = [image for image in images if isinstance(image, Path)]
-    for path in tqdm(paths, desc="checking images", unit="img", leave=False, disable=None):
-        try:
-            with _opened(path) as image:
-                image.draft("RGB", (32, 32))
-                image.load()
-        except RunError as error:
-            raise RunError(
-                f"{error}; data check --quarantine FILE lists such images for --exclude"
-            ) from error
+    with warnings.catch_warnings(record=True) as huge:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", Image.DecompressionBombWarning)
+        for path in tqdm(paths, desc="checking images", unit="img", leave=False, disable=None):
+            huge.clear()
+            found = probe(path)
+            if huge or (found.fault and found.fault[0] == "tiny image"):
+                odd.append(path)
+            if found.fault:
+                _decode(path)
+    return odd
+
+
+def _decode(path: Path) -> None:
+    """Decode an image coarsely, to see whether that works."""
+    try:
+        with _opened(path) as image:
+            image.draft("RGB", (32, 32))
+            image.load()
+    except RunError as error:
+        raise RunError(f"{error}; data check --quarantine FILE lists such images for --exclude") from error
 
 
 def read_image(image: ImageRef) -> Image.Image:

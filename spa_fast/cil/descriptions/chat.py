@@ -53,6 +53,7 @@ class Writer:
     Args:
         model: model name.
         base_url: address of the API; empty takes the SDK's.
+        asks: whether it will be asked, which needs a key.
         budget: counts what requests use, and may cap it.
         timeout: seconds after which a request is given up.
         sleep: waits between attempts; by default until `stop`, at the longest.
@@ -72,6 +73,7 @@ class Writer:
         model: str,
         base_url: str = "",
         *,
+        asks: bool = True,
         budget: Budget | None = None,
         timeout: float = TIMEOUT,
         sleep: Callable[[float], object] | None = None,
@@ -80,7 +82,11 @@ class Writer:
             # A redirect would send images to an address that nobody agreed to.
             straight = openai.DefaultHttpxClient(follow_redirects=False, timeout=timeout)
             self._client = openai.OpenAI(
-                base_url=base_url or None, timeout=timeout, max_retries=0, http_client=straight
+                api_key=None if asks else "none",
+                base_url=base_url or None,
+                timeout=timeout,
+                max_retries=0,
+                http_client=straight,
             )
         except openai.OpenAIError as error:
             raise RunError(_NO_KEY) from error

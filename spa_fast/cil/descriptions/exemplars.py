@@ -17,11 +17,20 @@ from spa_fast.cil.loading import load_backbone
 SIDE = 512
 
 
-def chooser(config: DescribeConfig, data: ImageFolders, cache: Path) -> Callable[[int], list[ImageRef]]:
-    """Chooses the images of a class by its index; features are extracted now, into `cache`."""
+def chooser(
+    config: DescribeConfig, data: ImageFolders, cache: Path, say: Callable[[str], None]
+) -> Callable[[int], list[ImageRef]]:
+    """Chooses the images of a class by its index; features are extracted now, into `cache`.
+
+    Args:
+        config: how many images, by which encoder's features.
+        data: the image folders.
+        cache: folder of extracted features.
+        say: takes one line at a time on what is extracted.
+    """
     if not config.exemplars:
         return lambda index: []
-    features = FeatureCache(cache, data, load_backbone(config.backbone, device=config.device))
+    features = FeatureCache(cache, data, load_backbone(config.backbone, device=config.device), say=say)
     features.fill("train")
 
     def choose(index: int) -> list[ImageRef]:

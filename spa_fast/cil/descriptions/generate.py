@@ -113,7 +113,14 @@ def _writer(
     except ImportError as error:
         missing = f"{error.name} is not installed: pip install 'spa_fast[describe]'"
         raise RunError(f"describe: {missing}, or use --from-template") from error
-    return Writer(config.model, config.base_url, budget=budget, timeout=timeout, sleep=sleep)
+    return Writer(
+        config.model,
+        config.base_url,
+        asks=config.allow_upload,
+        budget=budget,
+        timeout=timeout,
+        sleep=sleep,
+    )
 
 
 def _generator(config: DescribeConfig, writer: Writer) -> dict[str, Any]:
@@ -131,7 +138,7 @@ def _generator(config: DescribeConfig, writer: Writer) -> dict[str, Any]:
 
 
 def _earlier(out: Path, data: ImageFolders, generator: Mapping[str, Any]) -> Descriptions:
-    """The file to go on with, or a fresh one.
+    """The file to go on with, its date included, or a fresh one.
 
     Raises:
         RunError: the file is unreadable, of other classes, or written with other settings.
@@ -146,7 +153,7 @@ def _earlier(out: Path, data: ImageFolders, generator: Mapping[str, Any]) -> Des
             raise RunError(f"--out: {out} was written with {key} {there!r}, not {value!r}; choose another")
     if [entry.name for entry in found.classes] != list(data.names):
         raise RunError(f"--out: {out} is of other classes than {data.root}; choose another file")
-    return replace(found, generator=generator)
+    return found
 
 
 def _say_estimate(config: DescribeConfig, writer: Writer, budget: Budget, classes: int, say: Say) -> None:
@@ -170,7 +177,7 @@ def _ask_all(
 
     What ends the run lets no further class be asked for; answers under way are waited for and stored.
     """
-    choose = chooser(config, data, config.cache or out.parent / "feature_cache")
+    choose = chooser(config, data, config.cache or out.parent / "feature_cache", say)
     classes = list(document.classes)
     lost = 0
     ended: RunError | None = None
@@ -197,7 +204,8 @@ def _ask_all(
                 ended = ended or error
                 writer.stop()
                 continue
-            classes[i] = ClassEntry(data.names[i], tuple(texts), status, shown if texts else (), reason)
+            date = _today() if texts else ""
+            classes[i] = ClassEntry(data.names[i], tuple(texts), status, shown if texts else (), reason, date)
             document = replace(document, classes=tuple(classes))
             write_descriptions(out, document)
             say(f"[{done}/{len(todo)}] {data.names[i]}: {status}{reason and ': '}{reason}")

@@ -5,47 +5,21 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
 from spa_fast.cil.config import SpaConfig
 from spa_fast.cil.data.catalog import DATA_SETS
-from spa_fast.cil.data.layout import short
 from spa_fast.cil.descriptions.lengths import over_length, overflow
 from spa_fast.cil.descriptions.readers import read_document
 from spa_fast.cil.descriptions.schema import ClassEntry, Descriptions
 from spa_fast.cil.descriptions.wording import text_fault, wrong_language
 from spa_fast.cil.errors import RunError, did_you_mean
+from spa_fast.cil.findings import Findings, file_all
 
 # Of the words of two classes' texts together, the share in both from which the sets are near-identical. Among
 # the packaged files the closest two classes, two gulls, share 0.49.
 NEAR_IDENTICAL = 0.8
-
-
-@dataclass
-class Findings:
-    """What was found in one file.
-
-    Attributes:
-        title: the file, its format and sizes.
-        faults: kind -> what is wrong, one text each.
-        notes: kind -> what is odd.
-    """
-
-    title: str
-    faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def lines(self) -> list[str]:
-        """A readable table."""
-        rows = [("FAULT", kind, found) for kind, found in self.faults.items()]
-        rows += [("note", kind, found) for kind, found in self.notes.items()]
-        width = max((len(kind) for _, kind, _ in rows), default=0)
-        table = [
-            f"  {level:5}  {kind:{width}}  {len(found):6d}  {short(found)}" for level, kind, found in rows
-        ]
-        return [self.title, *table, *([] if rows else ["  nothing to report"])]
 
 
 def lint(
@@ -70,8 +44,8 @@ def lint(
     counts = [len(entry.texts) for entry in document.classes]
     each = f"{min(counts)} to {max(counts)} texts each" if counts else "no texts"
     findings = Findings(f"{document.form} format, {len(counts)} classes, {each}")
-    _file(findings.faults, "duplicate key", [repr(key) for key in document.duplicate_keys])
-    _file(findings.notes, "reading", document.remarks)
+    file_all(findings.faults, "duplicate key", [repr(key) for key in document.duplicate_keys])
+    file_all(findings.notes, "reading", document.remarks)
     _check_names(findings, document, names, subset)
     for entry in document.classes:
         _check_texts(findings, entry, template)
@@ -112,15 +86,15 @@ def _check_names(findings: Findings, document: Descriptions, names: Sequence[str
     expected = len(names) or (data_set.classes if data_set else 0)
     enough = len(found) >= expected if subset or not names else len(found) == expected
     missing = [name for name in names if name not in found]
-    _file(findings.faults, "missing class", _hinted("class {!r} has no descriptions", missing, found))
+    file_all(findings.faults, "missing class", _hinted("class {!r} has no descriptions", missing, found))
     without = [_without_text(e) for e in document.classes if not any(map(str.strip, e.texts))]
-    _file(findings.faults, "class without text", without)
+    file_all(findings.faults, "class without text", without)
     twice = [f"class {name!r} appears twice" for name, count in found.items() if count > 1]
-    _file(findings.faults, "duplicate class", twice)
+    file_all(findings.faults, "duplicate class", twice)
     if names and not subset:
         known = set(names)
         unknown = [name for name in found if name not in known]
-        _file(findings.faults, "unknown class", _hinted("unknown class {!r}", unknown, names))
+        file_all(findings.faults, "unknown class", _hinted("unknown class {!r}", unknown, names))
     if not enough:
         findings.faults["number of classes"].append(f"expected {expected}, found {len(found)}")
 
@@ -134,7 +108,7 @@ def _check_texts(findings: Findings, entry: ClassEntry, template: str) -> None:
         if fault := text_fault(text):
             findings.faults[fault[0]].append(f"{entry.name}: {_cut(text)}: {fault[1]}")
     twice = [text for text, count in Counter(_words(t) for t in texts).items() if count > 1]
-    _file(findings.notes, "text given twice", [f"{entry.name}: {_cut(' '.join(t))}" for t in twice])
+    file_all(findings.notes, "text given twice", [f"{entry.name}: {_cut(' '.join(t))}" for t in twice])
     if len(texts) == 1:
         findings.notes["one text only: transport has nothing to choose"].append(entry.name)
     if texts and wrong_language(texts):
@@ -155,7 +129,7 @@ def _check_alike(findings: Findings, document: Descriptions) -> None:
         if words := frozenset(_words(" ".join(entry.texts))):
             by_words[words].append(entry.name)
     same = [names for names in by_words.values() if len(set(names)) > 1]
-    _file(findings.faults, "same texts", [" and ".join(names) for names in same])
+    file_all(findings.faults, "same texts", [" and ".join(names) for names in same])
     # All pairs of more classes than this are not compared.
     bags = list(by_words.items())[:2000]
     for i, (words, names) in enumerate(bags):
@@ -206,8 +180,3 @@ def _holds(words: tuple[str, ...], part: tuple[str, ...]) -> bool:
 
 def _cut(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _file(table: dict[str, list[str]], kind: str, found: Sequence[str]) -> None:
-    if found:
-        table[kind].extend(found)

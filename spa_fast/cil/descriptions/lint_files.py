@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from spa_fast.cil.data.catalog import find_data_set, label_names
+from spa_fast.cil.data.catalog import description_file, find_data_set, label_names
 from spa_fast.cil.descriptions.lint import lint
 from spa_fast.cil.descriptions.readers import read_document
 from spa_fast.cil.errors import RunError
-from spa_fast.cil.json_input import read_json
+from spa_fast.cil.json_input import is_texts, read_json
 from spa_fast.cil.open_clip_import import import_open_clip
 
 
@@ -40,11 +40,12 @@ def lint_files(
             say(f"{path}: not read\n  FAULT  {error}")
             bad += 1
             continue
-        # Packaged files may hold more classes than the published subset.
+        # As for a run, packaged files alone may hold more classes than the published subset.
+        packaged = data_set is not None and path.resolve() == description_file(data_set).resolve()
         findings = lint(
             document,
             names,
-            subset=data_set is not None,
+            subset=packaged,
             tokens=lambda text: len(tokenizer.encode(text)) + 2,
             template=template,
         )
@@ -62,6 +63,6 @@ def _read_names(path: Path) -> tuple[str, ...]:
     if isinstance(names, dict):
         names = [*names.values()]
         names = names[0] if len(names) == 1 and isinstance(names[0], list) else names
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+    if not is_texts(names) or not names:
         raise RunError(f"--classnames: {path}: expected a list of names or an object of folder: class name")
     return tuple(name.strip() for name in names)

@@ -7,13 +7,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, get_args
+from typing import Any, get_args
 
 from spa_fast.cil.data.labels import plain
 from spa_fast.cil.data.layout import short
 from spa_fast.cil.descriptions.schema import SCHEMA, ClassEntry, Descriptions, Status
 from spa_fast.cil.errors import RunError
-from spa_fast.cil.json_input import read_json, read_text
+from spa_fast.cil.json_input import is_texts, read_json, read_text
 
 _SUFFIX = "_descriptions.txt"
 
@@ -86,13 +86,14 @@ def _own(document: Mapping[str, Any], where: str) -> Descriptions:
         entry = entry if isinstance(entry, dict) else {}
         name, lines, images = entry.get("name"), entry.get("descriptions"), entry.get("images", [])
         status, reason = entry.get("status", "manual"), entry.get("reason", "")
-        if not isinstance(name, str) or not _is_texts(lines) or not _is_texts(images):
+        date = entry.get("date", "")
+        if not isinstance(name, str) or not is_texts(lines) or not is_texts(images):
             expected = "expected 'name' and a list of strings 'descriptions'"
             raise RunError(f"{where}: classes[{i}]: {expected}")
         if status not in get_args(Status):
             expected = ", ".join(get_args(Status))
             raise RunError(f"{where}: classes[{i}]: status: expected one of {expected}, got {status!r}")
-        read.append(ClassEntry(name, tuple(lines), status, tuple(images), str(reason)))
+        read.append(ClassEntry(name, tuple(lines), status, tuple(images), str(reason), str(date)))
     dataset = document.get("dataset", "")
     return Descriptions(tuple(read), "own", dataset if isinstance(dataset, str) else "", generator)
 
@@ -154,11 +155,11 @@ def _by_index(document: Mapping[str, Any], names: Sequence[str], path: Path, arg
 
 def _label_map(document: object, where: str) -> dict[str, str]:
     """{number: name} from that, from {name: number} or from a list."""
-    if _is_texts(document):
+    if is_texts(document):
         return {str(i): name for i, name in enumerate(document)}
     if isinstance(document, dict) and all(isinstance(v, int) for v in document.values()):
         return {str(number): name for name, number in document.items()}
-    if isinstance(document, dict) and _is_texts([*document.values()]):
+    if isinstance(document, dict) and is_texts([*document.values()]):
         return {str(number): name for number, name in document.items()}
     raise RunError(f"{where}: expected {{number: class name}}, {{class name: number}} or a list of names")
 
@@ -189,7 +190,7 @@ def _name_list(path: Path, argument: str) -> tuple[str, ...]:
         names = ast.literal_eval(read_text(path, argument).strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError) as error:
         raise RunError(f"{argument}: {path}: expected a list ['name', ...]: {error}") from error
-    if not _is_texts(names):
+    if not is_texts(names):
         raise RunError(f"{argument}: {path}: expected a list ['name', ...], got {_kind(names)}")
     return tuple(names)
 
@@ -198,13 +199,9 @@ def _texts(value: object, name: str, where: str) -> tuple[str, ...]:
     """A list of texts; one text, or nothing at all, stands for a list of them."""
     if value is None or isinstance(value, str):
         return (value,) if value else ()
-    if not isinstance(value, list) or not _is_texts(value):
+    if not is_texts(value):
         raise RunError(f"{where}: class {name!r}: expected a list of texts, got {_kind(value)}")
     return tuple(value)
-
-
-def _is_texts(value: object) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _kind(value: object) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from spa_fast.cil.atomic import replacing
 
 SCHEMA = "spa_fast.descriptions/1"
 Status = Literal["ok", "manual", "refused", "empty", "failed", "pending"]
@@ -24,6 +25,7 @@ class ClassEntry:
         status: how they came about.
         images: SHA-256 of the images that they were written from.
         reason: why there are none.
+        date: when they were written, where that is not the date of the file.
     """
 
     name: str
@@ -31,6 +33,7 @@ class ClassEntry:
     status: Status = "manual"
     images: tuple[str, ...] = ()
     reason: str = ""
+    date: str = ""
 
     @property
     def settled(self) -> bool:
@@ -46,7 +49,7 @@ class Descriptions:
         classes: in the file's order; a name may come twice.
         form: the file's format, for messages.
         dataset: what the file calls the data set, or "".
-        generator: who wrote it: model, parameters, prompt hash, date.
+        generator: who wrote it: model, parameters, prompt hash, date on which it was begun.
         duplicate_keys: JSON keys that came more than once.
         remarks: what reading had to decide.
     """
@@ -65,7 +68,7 @@ class Descriptions:
 
 
 def write_descriptions(path: Path, document: Descriptions) -> None:
-    """Write the file whole or not at all: beside it, flushed, renamed.
+    """Write the file whole or not at all.
 
     Raises:
         OSError: the folder cannot be written; an earlier file stays as it was.
@@ -78,6 +81,7 @@ def write_descriptions(path: Path, document: Descriptions) -> None:
             "images": list(entry.images),
             "status": entry.status,
             **({"reason": entry.reason} if entry.reason else {}),
+            **({"date": entry.date} if entry.date else {}),
         }
         for i, entry in enumerate(document.classes)
     ]
@@ -87,12 +91,5 @@ def write_descriptions(path: Path, document: Descriptions) -> None:
         "generator": dict(document.generator),
         "classes": classes,
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
