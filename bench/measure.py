@@ -60,8 +60,8 @@ def record(benchmark: Any, peak: float | None, **info: Any) -> None:
     }
 
 
-def time_row(benchmark: Any, run: Any, parity: Any = None, **info: Any) -> None:
-    """Rounds by how long one call takes: a slow peer's few, none longer than needed."""
+def time_row(benchmark: Any, run: Any, parity: Any = None, seconds: float = 1, **info: Any) -> None:
+    """Rounds of about `seconds` in all, at most 30: a slow peer's few, none longer than needed."""
     once, peak, out = seconds_and_peak_mb(run)
     if parity is not None:
         parity(*out)
@@ -70,8 +70,8 @@ def time_row(benchmark: Any, run: Any, parity: Any = None, **info: Any) -> None:
         once, peak, out = seconds_and_peak_mb(run)
     del out
     record(benchmark, peak, **info)
-    # Beyond a second the call above was the warm-up, and one more is timed.
-    rounds, iterations = max(1, min(30, int(1 / once) + 1)), max(1, round(1e-3 / once))
+    # Beyond `seconds` the call above was the warm-up, and one more is timed.
+    rounds, iterations = max(1, min(30, int(seconds / once) + 1)), max(1, round(1e-3 / once))
     benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=0 if once > 0.1 else 3)
 
 
