@@ -145,9 +145,8 @@ def by_length(
     checks.check_shape("tokens", tokens, "[sum M, D] with cu_tokens", (None, None))
     offsets = _offsets(cu_tokens, tokens.shape[0])
     lengths = [end - start for start, end in pairwise(offsets)]
-    if tokens.device.type != "cpu" or len(lengths) * max([1, *lengths]) <= 2 * max(
-        len(lengths), tokens.shape[0]
-    ):
+    padded, total = len(lengths) * max([1, *lengths]), max(len(lengths), tokens.shape[0])
+    if tokens.device.type != "cpu" or padded <= 2 * total:
         return []
     if token_mask is not None:
         checks.check_mask("token_mask", token_mask, "[sum M]", tokens.shape[:1], tokens)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from spa_fast.cil.atomic import replacing
 from spa_fast.cil.lock import exclusive
 
 # Names a shard folder as one and says what its shards hold.
@@ -78,22 +77,15 @@ class ShardFolder:
         self._place(name, save({key: tensor.contiguous() for key, tensor in tensors.items()}, sealed))
 
     def _place(self, name: str, content: bytes) -> None:
-        partial = self.path / f"{name}.{os.getpid()}-{threading.get_ident()}.partial"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if name != ABOUT:
                 self.describe()
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path / name)
+            with replacing(self.path / name) as partial:
+                partial.write_bytes(content)
         except OSError as error:
             left = "what was stored before is whole"
             raise OSError(f"--cache: {self.path / name}: cannot write: {error}; {left}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
 
     def describe(self) -> None:
         """Write what the shards have in common beside them, where it does not lie and can be written."""
